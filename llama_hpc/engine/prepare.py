@@ -1,0 +1,44 @@
+"""From the requests of a prompts file to token ids, checked against the model."""
+
+import numpy as np
+
+from llama_hpc.engine.answers import ReadyRequest
+from llama_hpc.engine.requests import Request, check_token_ids
+from llama_hpc.errors import UsageError
+from llama_hpc.model.config import ModelConfig
+
+
+def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len: int | None
+            ) -> tuple[list[ReadyRequest], list[str | None]]:
+    """Tokenised requests, and the text that each prompt had (None for token ids).
+
+    ``max_seq_len`` limits prompt and answer together (default: the model's context). Raises UsageError for a prompt that
+    does not fit, ids outside the vocabulary, and text where the model has no tokenizer.
+    """
+    limit = max_seq_len or config.context_length
+    if limit > config.context_length:
+        raise UsageError(f"--max-seq-len {limit} is longer than the model's context of {config.context_length}")
+    ready, texts = [], []
+    for request in requests:
+        ids, text = _tokens(request, tokenizer)
+        check_token_ids(request, ids, config.vocab_size, limit)
+        tokens = min(request.params.max_tokens, limit - len(ids))
+        ready.append(ReadyRequest(request.index, request.id, np.array(ids, np.int32), request.params, tokens))
+        texts.append(text)
+    return ready, texts
+
+
+def _tokens(request: Request, tokenizer) -> tuple[list[int], str | None]:
+    if tokenizer is None and (request.token_ids is None or request.params.stop):
+        raise UsageError(f"request {request.id!r}: the model has no tokenizer, so only token_ids can be given, and no stop strings")
+    if request.token_ids is not None:
+        return request.token_ids, None
+    if request.messages is not None:
+        text = tokenizer.render(request.messages)
+        return tokenizer.encode(text, add_special=False), text
+    return tokenizer.encode(request.prompt), request.prompt
+
+
+def longest(ready: list[ReadyRequest]) -> int:
+    """Positions that the longest request can reach, prompt and answer."""
+    return max(len(request.prompt) + request.limit for request in ready)

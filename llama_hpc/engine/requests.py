@@ -1,0 +1,231 @@
+"""Requests and the prompts files they come from: JSONL, text and HDF5.
+
+Every field is checked here, before a model is loaded; what needs the tokenizer and the context length is checked by
+``check_token_ids``. All errors are UsageError, one line, with the file and the 1-based line (HDF5: the 0-based row).
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_hpc.engine.sampling_params import MAX_INT32, SAMPLING_NAMES, SamplingParams, is_integer, shown
+from llama_hpc.errors import UsageError
+
+SOURCES = ("prompt", "messages", "token_ids")
+
+# Settings of other engines that change the answer: to ignore them in silence would mislead.
+FOREIGN_SETTINGS = frozenset(
+    {
+        "best_of", "frequency_penalty", "logit_bias", "max_completion_tokens", "max_length", "max_new_tokens", "min_p",
+        "min_tokens", "n_predict", "presence_penalty", "repeat_penalty", "repetition_penalty", "temp", "typical_p",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. ``index`` is its 0-based place in the input.
+
+    Exactly one is set of ``prompt``, taken as it is, ``messages`` (dictionaries with ``role`` and ``content``), which
+    go through the model's chat template, and ``token_ids``, which go to the model directly. Raises UsageError for a
+    field of the wrong type or an empty prompt.
+    """
+
+    index: int
+    id: str
+    prompt: str | None
+    messages: list[dict[str, Any]] | None
+    token_ids: list[int] | None
+    params: SamplingParams
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str):
+            raise UsageError(f"id must be a string, got {shown(self.id)}")
+        _check_unicode("id", self.id)
+        if "\0" in self.id:
+            raise UsageError(f"id must not hold a NUL character, got {shown(self.id)}")
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(f"give exactly one of {', '.join(SOURCES)}, got {' and '.join(given) or 'none'}")
+        if self.prompt is not None:
+            _check_prompt(self.prompt)
+        elif self.messages is not None:
+            _check_messages(self.messages)
+        else:
+            _check_token_list(self.token_ids)
+
+
+def read_requests(path: str | Path, default_params: SamplingParams) -> list[Request]:
+    """The requests of a prompts file, in its order; the ending of the name says which kind it is.
+
+    ``.jsonl`` and ``.json``: one JSON object a line with exactly one of ``prompt``, ``messages``, ``token_ids``, and
+    optionally ``id`` and sampling settings (at the top level or in an object ``sampling``) that replace those of
+    ``default_params``. Blank lines are skipped; other keys are ignored unless they look like a misspelt setting.
+
+    ``.txt``: one prompt a line.
+
+    ``.h5`` and ``.hdf5``: datasets ``prompt``, or ``tokens`` and ``offsets`` (prompt i is
+    ``tokens[offsets[i]:offsets[i+1]]``), and optionally ``id``, at the root or in the group ``requests``; so a result
+    file can be run again, with the sampling settings of ``default_params``.
+
+    A prompt without an id gets its 0-based line number (HDF5: its row) as a string. Raises UsageError.
+    """
+    path = Path(path)
+    readers = {".jsonl": _jsonl_entries, ".json": _jsonl_entries, ".txt": _text_entries}
+    readers.update({".h5": _hdf5_entries, ".hdf5": _hdf5_entries})
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(f"{path}: the name of a prompts file must end in {', '.join(readers)}")
+    requests: list[Request] = []
+    places: dict[str, str] = {}
+    for place, number, entry in reader(path):
+        try:
+            request = _request(len(requests), number, entry, default_params)
+            if request.id in places:
+                raise UsageError(f"id {shown(request.id)} is already used by {places[request.id]}")
+        except UsageError as error:
+            raise UsageError(f"{path}, {place}: {error}") from None
+        places[request.id] = place
+        requests.append(request)
+    if not requests:
+        raise UsageError(f"{path}: the file holds no prompts")
+    return requests
+
+
+def check_token_ids(request: Request, ids: Sequence[int], vocab_size: int, max_seq_len: int) -> None:
+    """Check a tokenised prompt against the model: ids in the vocabulary, room for at least one token of the answer.
+
+    Raises UsageError that names the request's id, the length and what to do.
+    """
+    name = f"request {shown(request.id)}"
+    if not len(ids):
+        raise UsageError(f"{name}: the prompt has no tokens: give at least one")
+    if len(ids) >= max_seq_len:
+        raise UsageError(
+            f"{name}: the prompt has {len(ids)} tokens, but a context of {max_seq_len} holds at most {max_seq_len - 1} "
+            "and one token of the answer: shorten the prompt or raise --max-seq-len as far as the model allows"
+        )
+    for position, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise UsageError(
+                f"{name}: token id {token} at position {position} is outside the vocabulary (0 to {vocab_size - 1}): "
+                "use the tokenizer of this model"
+            )
+
+
+def _request(index: int, number: int, entry: dict[str, Any], default_params: SamplingParams) -> Request:
+    settings = {}
+    for key, value in entry.items():
+        if key in SAMPLING_NAMES:
+            settings[key] = value
+        elif key not in ("id", "sampling", *SOURCES):
+            _check_unknown(key)
+    params = default_params.override(settings)
+    if entry.get("sampling") is not None:
+        params = params.override(entry["sampling"])
+        twice = sorted(settings.keys() & entry["sampling"].keys())
+        if twice:
+            raise UsageError(f"{', '.join(twice)} is given at the top level and in sampling: keep one")
+    return Request(index, entry.get("id", str(number)), *(entry.get(name) for name in SOURCES), params)
+
+
+def _check_unknown(key: str) -> None:
+    plain = key.lower().replace("-", "_")
+    near = difflib.get_close_matches(plain, SAMPLING_NAMES, n=1, cutoff=0.8)
+    if near:
+        raise UsageError(f"key {shown(key)} looks like the setting {near[0]!r}: correct or rename it")
+    if plain in FOREIGN_SETTINGS:
+        raise UsageError(f"key {shown(key)} is not a setting here: allowed are {', '.join(SAMPLING_NAMES)}")
+
+
+def _check_unicode(name: str, text: str) -> None:
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError(f"{name} holds half of a surrogate pair, which is no Unicode text: {shown(ascii(text))}")
+
+
+def _check_prompt(prompt: Any) -> None:
+    if not isinstance(prompt, str):
+        raise UsageError(f"prompt must be a string, got {shown(prompt)}")
+    if not prompt:
+        raise UsageError("the prompt is empty: give at least one character")
+    _check_unicode("prompt", prompt)
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise UsageError(f"messages must be a list of at least one message, got {shown(messages)}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise UsageError(f"messages[{number}] must be an object with role and content, got {shown(message)}")
+        for key in ("role", "content"):
+            text = message.get(key)
+            if not isinstance(text, str):
+                raise UsageError(f"messages[{number}] needs a string {key!r}, got {shown(text)}")
+            _check_unicode(f"messages[{number}]", text)
+        if not message["role"]:
+            raise UsageError(f"messages[{number}] has an empty role: use system, user or assistant")
+
+
+def _check_token_list(token_ids: Any) -> None:
+    if not isinstance(token_ids, list) or not token_ids:
+        raise UsageError(f"token_ids must be a list of at least one token id, got {shown(token_ids)}")
+    for position, token in enumerate(token_ids):
+        if not is_integer(token) or not 0 <= token <= MAX_INT32:
+            raise UsageError(f"token_ids[{position}] must be an integer from 0 to {MAX_INT32}, got {shown(token)}")
+
+
+Entry = tuple[str, int, dict[str, Any]]     # place for messages, 0-based number, fields
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, without their ends; a byte order mark is dropped."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read the prompts file {path}: {error.strerror}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = data[error.start]
+        raise UsageError(f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}): convert the file to UTF-8") from None
+    # Not splitlines(): characters such as U+2028 are part of a prompt.
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _jsonl_entries(path: Path) -> Iterator[Entry]:
+    for number, line in enumerate(_lines(path)):
+        if not line.strip():
+            continue
+        place = f"line {number + 1}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UsageError(f"{path}, {place}: invalid JSON ({reason}): each line must be one JSON object") from None
+        if not isinstance(entry, dict):
+            raise UsageError(f"{path}, {place}: each line must be one JSON object, got {shown(entry)}")
+        yield place, number, entry
+
+
+def _text_entries(path: Path) -> Iterator[Entry]:
+    lines = _lines(path)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines):
+        place = f"line {number + 1}"
+        if "\0" in line:
+            raise UsageError(f"{path}, {place}: holds NUL bytes, so it is not UTF-8 text: convert the file to UTF-8")
+        if not line.strip():
+            raise UsageError(f"{path}, {place}: the prompt is empty: remove the line (a .jsonl file can hold any text)")
+        yield place, number, {"prompt": line}
+
+
+def _hdf5_entries(path: Path) -> Iterator[Entry]:
+    from llama_hpc.engine.requests_hdf5 import read_columns
+
+    for row, entry in enumerate(read_columns(path)):
+        yield f"row {row}", row, entry

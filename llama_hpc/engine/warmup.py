@@ -1,0 +1,40 @@
+"""Compiles every kernel that a run needs, on a model of a few weights."""
+
+import numpy as np
+
+from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.engine.answers import Sampler
+from llama_hpc.engine.sampling_params import SamplingParams
+from llama_hpc.model.config import ModelConfig
+from llama_hpc.model.sizes import whole
+from llama_hpc.model.transformer import Batch, TransformerStage
+from llama_hpc.weights.loader import load_stage
+
+
+class _TinyCheckpoint:
+    """Stands in for a checkpoint: every weight the same."""
+
+    path = "warm-up"
+    config = ModelConfig("llama", hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, kv_heads=1, head_dim=16,
+                         vocab_size=32, context_length=32, tie_embeddings=True)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return {"k": (16, 32), "v": (16, 32)}.get(name.rsplit(".", 1)[-1], (32, 32))
+
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> np.ndarray:
+        if name.endswith("norm"):
+            return np.full(32, 0.5, np.float32)
+        height, width = self.shape(name)
+        return np.full((len(range(height)[rows or slice(None)]), len(range(width)[columns or slice(None)])), 0.25, np.float32)
+
+
+def warm_up(weights_format: str, threads: int, solo) -> None:
+    """Compiles, or loads from the disk cache, the kernels for a weight format. ``solo`` is a communicator of one rank."""
+    checkpoint, reducer = _TinyCheckpoint(), TensorReducer(solo)
+    stage, share = whole(checkpoint.config)
+    weights = load_stage(checkpoint, weights_format, stage, share, reducer, threads=threads)
+    model = TransformerStage(checkpoint.config, stage, share, weights, reducer, sequences=1, max_seq_len=16, max_rows=9,
+                             max_outputs=1, threads=threads)
+    ids = np.arange(9, dtype=np.int32)
+    model.forward(Batch(9, ids, np.zeros(9, np.int32), ids, np.array([8])))
+    Sampler(checkpoint.config.vocab_size).draw(model.logits[0], SamplingParams(temperature=1.0), (0, 0), 0)

@@ -1,0 +1,93 @@
+"""Who holds what: the share of a model that belongs to one stage and one tensor rank. Pure arithmetic, no communication.
+
+Shares need not be equal. Query heads, FFN blocks and vocabulary tiles are dealt out in contiguous runs whose sizes
+differ by at most one; each rank holds the KV heads that its query heads use, so a KV head may be held twice.
+"""
+
+from dataclasses import dataclass
+
+from llama_hpc.errors import UsageError
+from llama_hpc.grid import GridShape
+from llama_hpc.kernels.numerics import down_block
+from llama_hpc.model.config import ModelConfig
+
+VOCABULARY_TILE = 16
+
+
+def part(total: int, parts: int, index: int) -> range:
+    """The index-th of ``parts`` contiguous runs of ``total`` things; sizes differ by at most one."""
+    return range(total * index // parts, total * (index + 1) // parts)
+
+
+@dataclass(frozen=True)
+class TensorShare:
+    """What one tensor rank holds of every layer, as ranges of the whole model's indices.
+
+    ``ffn`` counts intermediate channels (whole reduction blocks of the down projection) and may be empty; ``vocabulary``
+    counts rows of the embedding and the output head.
+    """
+
+    query_heads: range
+    kv_heads: range
+    ffn: range
+    vocabulary: range
+
+    @classmethod
+    def of(cls, config: ModelConfig, size: int, index: int) -> "TensorShare":
+        heads = part(config.num_heads, size, index)
+        per_kv = config.num_heads // config.kv_heads
+        block = down_block(config.intermediate_size)
+        blocks = part(-(-config.intermediate_size // block), size, index)
+        tiles = part(-(-config.vocab_size // VOCABULARY_TILE), size, index)
+        return cls(
+            query_heads=heads,
+            kv_heads=range(heads.start // per_kv, (heads.stop - 1) // per_kv + 1),
+            ffn=range(blocks.start * block, min(blocks.stop * block, config.intermediate_size)),
+            vocabulary=range(tiles.start * VOCABULARY_TILE, min(tiles.stop * VOCABULARY_TILE, config.vocab_size)),
+        )
+
+
+@dataclass(frozen=True)
+class StageShare:
+    """The layers of one pipeline stage; the first holds the embedding, the last the final norm and the output head."""
+
+    layers: range
+    first: bool
+    last: bool
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Weights of one layer's projections."""
+    attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
+    return attention + 3 * config.hidden_size * config.intermediate_size
+
+
+def stage_shares(config: ModelConfig, stages: int) -> list[StageShare]:
+    """Contiguous layers for every stage, at least one each, so that the costliest stage is as cheap as it can be.
+
+    The cost of a layer is its weights, that of the last stage includes the output head.
+    """
+    layer, head = layer_parameters(config), config.vocab_size * config.hidden_size
+    # The head takes the time of some layers: the last stage gives these up, the rest is shared evenly.
+    def cost(last: int) -> float:
+        others = -(-(config.num_layers - last) // (stages - 1))
+        return max(others * layer, last * layer + head)
+    if stages == 1:
+        counts = [config.num_layers]
+    else:
+        most = config.num_layers - (stages - 1)
+        last = min(range(1, most + 1), key=lambda n: (cost(n), -n))
+        rest = config.num_layers - last
+        counts = [len(part(rest, stages - 1, s)) for s in range(stages - 1)] + [last]
+    starts = [sum(counts[:s]) for s in range(stages + 1)]
+    return [StageShare(range(starts[s], starts[s + 1]), s == 0, s == stages - 1) for s in range(stages)]
+
+
+def check_grid(config: ModelConfig, shape: GridShape) -> None:
+    """Raises UsageError when the model cannot be cut this way, naming the dimension and what would fit."""
+    if shape.tensor > config.num_heads:
+        raise UsageError(f"grid {shape}: the tensor dimension is {shape.tensor}, but this model has {config.num_heads} query "
+                         f"heads; use at most {config.num_heads} tensor ranks")
+    if shape.pipeline > config.num_layers:
+        raise UsageError(f"grid {shape}: the pipeline dimension is {shape.pipeline}, but this model has {config.num_layers} "
+                         f"layers; use at most {config.num_layers} stages")

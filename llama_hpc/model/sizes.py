@@ -1,0 +1,80 @@
+"""How many weights, and how many bytes in memory and packed, a model or a share of it takes. Pure arithmetic."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llama_hpc.kernels.formats import Blocks, packed_bytes
+from llama_hpc.kernels.numerics import BLOCK, GROUP, down_block
+from llama_hpc.model.config import ModelConfig
+from llama_hpc.model.kv_cache import bytes_per_position
+from llama_hpc.model.shares import StageShare, TensorShare
+
+LANES = 16                      # rows that are interleaved in memory (kernels.cpu.matmul)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A matrix of ``rows`` x ``columns``, reduction block ``block``; ``table``: an embedding or output head."""
+
+    rows: int
+    columns: int
+    block: int
+    table: bool = False
+
+
+def projections(config: ModelConfig, stage: StageShare, share: TensorShare) -> Iterator[Projection]:
+    """All matrices that one rank holds."""
+    hidden, head_dim, ffn = config.hidden_size, config.head_dim, len(share.ffn)
+    q, kv = len(share.query_heads) * head_dim, len(share.kv_heads) * head_dim
+    for _ in stage.layers:
+        yield from (Projection(rows, hidden, BLOCK) for rows in (q, kv, kv, ffn, ffn))
+        yield Projection(hidden, q, min(head_dim, BLOCK))
+        yield Projection(hidden, ffn, down_block(config.intermediate_size))
+    both = stage.first and stage.last and not config.tie_embeddings
+    for _ in range(2 if both else int(stage.first or stage.last)):
+        yield Projection(len(share.vocabulary), hidden, BLOCK, table=True)
+
+
+def whole(config: ModelConfig) -> tuple[StageShare, TensorShare]:
+    """The share of a rank that holds everything."""
+    return StageShare(range(config.num_layers), True, True), TensorShare.of(config, 1, 0)
+
+
+def parameters(config: ModelConfig) -> int:
+    """Weights of the model: matrices, norms and biases."""
+    per_layer = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    per_layer += (config.q_size + 2 * config.kv_size) * config.attention_bias + config.hidden_size * config.output_bias
+    per_layer += (2 * config.intermediate_size + config.hidden_size) * config.mlp_bias
+    matrices = sum(p.rows * p.columns for p in projections(config, *whole(config)))
+    return matrices + per_layer * config.num_layers + config.hidden_size
+
+
+def packed_bits(config: ModelConfig, weights_format: str) -> tuple[float, float]:
+    """Bits per weight all in (codes, scales, codebooks, padding): of the layers' projections, and of all matrices."""
+    def bits(matrices: list[Projection]) -> float:
+        total = sum(_packed(p, weights_format) for p in matrices)
+        return 8 * total / sum(p.rows * p.columns for p in matrices)
+    matrices = list(projections(config, *whole(config)))
+    return bits([p for p in matrices if not p.table]), bits(matrices)
+
+
+def _packed(p: Projection, weights_format: str) -> int:
+    if weights_format == "f32":
+        return 4 * p.rows * p.columns
+    return packed_bytes("q8" if p.table else weights_format, p.rows, Blocks(p.columns, p.block))
+
+
+def weight_bytes(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare) -> int:
+    """Bytes of one rank's matrices in memory, as the CPU kernels hold them."""
+    total = 0
+    for p in projections(config, stage, share):
+        rows = -(-p.rows // LANES) * LANES
+        groups = Blocks(p.columns, p.block).groups
+        total += rows * (4 * p.columns if weights_format == "f32" else groups * (GROUP + 4) + 4)
+    return total
+
+
+def cache_bytes(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare) -> int:
+    """Bytes of one rank's KV cache for each position of a sequence."""
+    dtype = "float32" if weights_format == "f32" else "uint16"
+    return bytes_per_position(config.head_dim, len(share.kv_heads), len(stage.layers), dtype)

@@ -1,0 +1,190 @@
+"""Reading a result file, piece by piece."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_hpc.errors import ResultsError
+from llama_hpc.results import provenance as provenance_group
+from llama_hpc.results.digest import digest
+from llama_hpc.results.schema import FORMAT, STATUSES, VERSION, Output
+
+# Outputs read together: few calls into HDF5, little memory.
+_BATCH = 1024
+
+
+@dataclass
+class Results:
+    """An open result file; use it in a ``with`` block or call ``close``. Columns are read when first asked for.
+
+    Every property and method raises ResultsError where the file turns out to be damaged.
+    """
+
+    path: Path
+    status: str
+    digest: str
+    file: Any
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was read stays usable."""
+        self.file.close()
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The id of every request, in input order."""
+        return self._strings("requests/id").tolist()
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The prompt text of every request, in input order."""
+        return self._strings("requests/prompt").tolist()
+
+    @cached_property
+    def request(self) -> np.ndarray:
+        """int64 [n]: the row of the request that each output answers, ascending."""
+        return self._numbers("outputs/request")
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 [n+1]: where the tokens of each output start in the flat arrays."""
+        return self._numbers("outputs/offsets")
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """How the results came about, as given to ``write_results``."""
+        with _damage(self.path):
+            return provenance_group.load(self.file["provenance"])
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs: answers, over all requests and samples."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of generated tokens over all outputs."""
+        return int(self.offsets[-1])
+
+    def outputs(self, start: int = 0, stop: int | None = None) -> Iterator[Output]:
+        """The outputs ``start`` to ``stop`` - 1 (all by default), in (request, sample) order."""
+        stop = self.num_outputs if stop is None else min(stop, self.num_outputs)
+        for first in range(start, stop, _BATCH):
+            yield from self._batch(first, min(first + _BATCH, stop))
+
+    def outputs_of(self, row: int) -> list[Output]:
+        """The outputs that answer the request in ``row``, by sample."""
+        start, stop = np.searchsorted(self.request, [row, row + 1]).tolist()
+        return list(self.outputs(start, stop))
+
+    def verify(self) -> str:
+        """Compute the digest again and return it. Raises ResultsError where the file says another."""
+        found = digest(self.ids, self.outputs())
+        if found != self.digest:
+            raise ResultsError(f"{self.path}: the digest is {found}, but the file says {self.digest}: it was altered")
+        return found
+
+    def _batch(self, start: int, stop: int) -> list[Output]:
+        rows = slice(start, stop)
+        first, last = self.offsets[start], self.offsets[stop]
+        tokens = self._numbers("outputs/tokens", slice(first, last))
+        logprobs = self._numbers("outputs/logprobs", slice(first, last))
+        samples = self._numbers("outputs/sample", rows).tolist()
+        texts = self._strings("outputs/text", rows)
+        reasons = self._strings("outputs/finish_reason", rows)
+        with _damage(self.path):
+            timing = {name: column[rows].tolist() for name, column in self.file["timing"].items()}
+        batch = []
+        for i in range(stop - start):
+            piece = slice(self.offsets[start + i] - first, self.offsets[start + i + 1] - first)
+            times = {name: values[i] for name, values in timing.items() if values[i] == values[i]}
+            request = int(self.request[start + i])
+            batch.append(Output(request, samples[i], tokens[piece], logprobs[piece], texts[i], reasons[i], times))
+        return batch
+
+    def _numbers(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        with _damage(self.path):
+            return self.file[name][rows]
+
+    def _strings(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        with _damage(self.path):
+            return self.file[name].asstr()[rows]
+
+
+def read_results(path: str | Path) -> Results:
+    """Open a result file.
+
+    Raises ResultsError for a file that is missing, not HDF5, truncated, not ours, or of a newer version.
+    """
+    import h5py
+
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise ResultsError(f"cannot read the result file {path}: {error.strerror}") from None
+    if not h5py.is_hdf5(path):
+        raise ResultsError(f"{path}: not an HDF5 file, so not a result file")
+    with _damage(path):
+        file = h5py.File(path, "r")
+    try:
+        status, digest_text = _check(path, file)
+        results = Results(path, status, digest_text, file)
+        _check_shapes(results)
+    except BaseException:
+        file.close()
+        raise
+    return results
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn what h5py raises for missing or unreadable pieces into one ResultsError."""
+    try:
+        yield
+    except (OSError, AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0].strip("\"'") if str(error) else type(error).__name__
+        raise ResultsError(f"{path}: the result file is truncated or damaged: {reason}") from None
+
+
+def _check(path: Path, file: Any) -> tuple[str, str]:
+    """Status and digest of a file that is ours and not newer than this program."""
+    with _damage(path):
+        attributes = dict(file.attrs)
+    if attributes.get("format") != FORMAT:
+        raise ResultsError(f"{path}: an HDF5 file, but no result file of llama_hpc (no attribute format = {FORMAT!r})")
+    version = attributes.get("version")
+    if not isinstance(version, np.integer) or version > VERSION:
+        raise ResultsError(f"{path}: version {version} of the format; this program reads up to {VERSION}: update it")
+    if attributes.get("status") not in STATUSES or not isinstance(attributes.get("digest"), str):
+        raise ResultsError(f"{path}: the result file is damaged: no valid status and digest")
+    return attributes["status"], attributes["digest"]
+
+
+def _check_shapes(results: Results) -> None:
+    with _damage(results.path):
+        lengths = {name: len(results.file[f"outputs/{name}"]) for name in ("tokens", "logprobs", "text", "sample")}
+        columns = [len(results.file[f"requests/{name}"]) for name in ("id", "prompt")]
+    offsets, request = results.offsets, results.request
+    consistent = (
+        len(offsets) == len(request) + 1 == lengths["text"] + 1 == lengths["sample"] + 1
+        and offsets[0] == 0
+        and bool(np.all(offsets[1:] >= offsets[:-1]))
+        and offsets[-1] == lengths["tokens"] == lengths["logprobs"]
+        and columns[0] == columns[1]
+        and bool(np.all((request >= 0) & (request < columns[0])))
+        and bool(np.all(request[1:] >= request[:-1]))
+    )
+    if not consistent:
+        raise ResultsError(f"{results.path}: the result file is damaged: sizes of its datasets contradict each other")

@@ -1,0 +1,1 @@
+"""Launch check, errors and exit codes, log, progress, topology, provenance: leaves that anything may use."""

@@ -1,0 +1,161 @@
+"""One clear line for every error, from one rank, and an exit for all: nobody is left waiting for a rank that failed."""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from array import array
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import gettempdir
+
+from llama_hpc.errors import LlamaHpcError, UsageError
+from llama_hpc.runtime.launch import environment_rank, is_first, let_first_speak, started_mpi
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def guarded(function) -> int:
+    """Run ``function()`` on this rank and turn what it raises into a printed line and an exit code.
+
+    Returns the function's own result (None: 0) or the error's exit code. An error that all ranks share
+    (``error.collective``) is printed by the first rank and returned by all, so that MPI ends in order. Any other one
+    ends the whole job through MPI_Abort, which does not return. LLAMA_HPC_DEBUG=1 shows tracebacks.
+    """
+    try:
+        return function() or 0
+    except SystemExit as stop:
+        if not stop.code:
+            return 0
+        message = stop.code if isinstance(stop.code, str) else "left early"
+        return _leave(LlamaHpcError(message), stop.code if isinstance(stop.code, int) else 1)
+    except BrokenPipeError:
+        # The reader of our output has gone (`llama-hpc show … | head`): stop without a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _leave(None, 1)
+    except KeyboardInterrupt:
+        return _leave(LlamaHpcError("interrupted"), INTERRUPTED)
+    except Exception as error:
+        shown = _explained(error)
+        return _leave(shown, shown.exit_code)
+
+
+@contextmanager
+def agreed(comm, what: str):
+    """A block that succeeds on all ranks of ``comm`` or fails on all of them. Collective over ``comm``.
+
+    When the body raised on some rank, every rank raises the error of the lowest one; ``what`` (such as ``reading the
+    prompts``) completes errors that are not ours. The body must not communicate over ``comm`` unless it
+    fails on all ranks alike. Costs one Allreduce of one integer when nothing fails.
+
+    The error is ``collective`` when ``comm`` spans the world. For a smaller ``comm`` its first rank prints the error
+    and ends the job; the others wait for that end.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = _explained(error, what)
+
+    from mpi4py import MPI
+
+    first = array("i", [comm.size if failure is None else comm.rank])
+    comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
+    if first[0] == comm.size:
+        return
+    if comm.rank == first[0] and not hasattr(failure, "where"):
+        failure.where = _here()
+    shared = comm.bcast(failure, root=first[0])
+    shared.collective = comm.size == MPI.COMM_WORLD.size
+    shared.reported_elsewhere = not shared.collective and comm.rank != 0
+    shared.__cause__ = failure
+    raise shared
+
+
+def on_first(comm, function, *args):
+    """The result of ``function(*args)``, run on rank 0 of ``comm`` and broadcast. Collective over ``comm``.
+
+    Errors raise on every rank, as with :func:`agreed`.
+    """
+    result = None
+    with agreed(comm, f"running {getattr(function, '__name__', 'a function')}"):
+        if comm.rank == 0:
+            result = function(*args)
+    return comm.bcast(result, root=0)
+
+
+def _explained(error: Exception, what: str = "") -> LlamaHpcError:
+    """``error`` as one of ours: itself, or a line that says where and what; a bug's traceback goes to a file."""
+    if isinstance(error, LlamaHpcError):
+        return error
+    doing = f" while {what}" if what else ""
+    if isinstance(error, MemoryError):
+        detail = f": {error}" if str(error) else ""
+        ours = LlamaHpcError(f"out of memory{doing} on {_here()}{detail}")
+    elif isinstance(error, OSError) and error.strerror:
+        ours = LlamaHpcError(f"{error.filename or 'system'}: {error.strerror}{doing} on {_here()}")
+    else:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        ours = LlamaHpcError(f"internal error{doing} on {_here()}: {text} (traceback {_keep_traceback(error)})")
+    ours.__cause__, ours.where = error, ""
+    return ours
+
+
+def _leave(error: LlamaHpcError | None, code: int) -> int:
+    """Print ``error`` where it is this rank's to print; end the job unless all ranks leave together."""
+    MPI = started_mpi()
+    if MPI is None or MPI.COMM_WORLD.size == 1:
+        # Under a launcher, but not joined by MPI: what is wrong with the command line is wrong for all.
+        if error is not None and (is_first() or not (error.collective or isinstance(error, UsageError))):
+            _print(error)
+        let_first_speak()
+        return code
+    if error is not None and error.collective:
+        if is_first():
+            _print(error)
+        return code
+
+    # Of ranks that fail at the same moment the lowest one speaks: its abort ends the others while they wait.
+    rank = MPI.COMM_WORLD.rank
+    time.sleep(10 if getattr(error, "reported_elsewhere", False) else min(0.5 * rank, 3))
+    if error is not None:
+        _print(error, getattr(error, "where", _here()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(code)
+    return code
+
+
+def _print(error: LlamaHpcError, where: str = "") -> None:
+    if _debugging():
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    text = " ".join(str(error).splitlines())
+    kind = "" if text.startswith("internal error") else "error: "
+    sys.stderr.write(f"llama-hpc: {kind}{text}{where and f' [{where}]'}\n")
+    sys.stderr.flush()
+
+
+def _here() -> str:
+    MPI = started_mpi()
+    rank = environment_rank() if MPI is None else MPI.COMM_WORLD.rank
+    return f"rank {rank} ({socket.gethostname()})"
+
+
+def _keep_traceback(error: Exception) -> str:
+    """Write the traceback to a file in the working directory, or else the temporary one; say where it is."""
+    if _debugging():
+        return "above"
+    name = f"llama-hpc-error-{socket.gethostname()}-{os.getpid()}.txt"
+    for folder in (Path.cwd(), Path(gettempdir())):
+        try:
+            (folder / name).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            return f"in {folder / name}"
+        except OSError:
+            continue
+    return "lost: no folder to write it to"
+
+
+def _debugging() -> bool:
+    return os.environ.get("LLAMA_HPC_DEBUG", "0") not in ("", "0")

@@ -1,0 +1,48 @@
+"""Settings that Numba reads when it is first imported: threads, how they wait, and where compiled code is kept."""
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+def configure(threads: int) -> None:
+    """Prepares the environment for ``threads`` worker threads. Call before anything imports Numba; no effect later.
+
+    Waiting threads sleep instead of spinning, so that ranks which share cores do not stall each other. Compiled code goes
+    to a folder of this user on a node-local disk that is named after the kernels' sources (NUMBA_CACHE_DIR overrides).
+    """
+    if "numba" in sys.modules:
+        return
+    os.environ["NUMBA_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        folder = cache_folder()
+        if folder is not None:
+            os.environ["NUMBA_CACHE_DIR"] = str(folder)
+
+
+def cache_folder() -> Path | None:
+    """The folder of compiled code, made if need be; None where it belongs to somebody else or cannot be made."""
+    base = Path(tempfile.gettempdir()) / f"llama_hpc-{os.getuid()}"
+    try:
+        base.mkdir(mode=0o700, exist_ok=True)
+        # Compiled code is executed: a folder that another user could have prepared is not used.
+        found = base.lstat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            return None
+        folder = base / f"numba-{_sources_hash()}"
+        folder.mkdir(exist_ok=True)
+        return folder
+    except OSError:
+        return None
+
+
+def _sources_hash() -> str:
+    """Changes with any kernel source: Numba itself does not notice changes in the modules that a kernel imports."""
+    folder = Path(__file__).resolve().parent.parent / "kernels"
+    digest = hashlib.sha256(sys.version.encode())
+    for source in sorted(folder.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]

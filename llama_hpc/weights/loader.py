@@ -1,0 +1,214 @@
+"""From a checkpoint to one rank's kernel weights: reads only what the rank holds, quantises it, streams it in chunks.
+
+Everything is canonical: a tensor's codes do not depend on how it is cut. What a shard cannot know alone (the maximum of
+a row whose columns are dealt out) is combined as integers over the tensor group; codebooks come from sample rows that
+the shape alone fixes.
+"""
+
+import hashlib
+
+import numpy as np
+
+from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.errors import CheckpointError
+from llama_hpc.kernels import formats
+from llama_hpc.kernels.codebook import fit_codebook, sample_rows
+from llama_hpc.kernels.cpu import matmul
+from llama_hpc.kernels.cpu.quantize import quantize_q3_5, quantize_q8, row_maxima
+from llama_hpc.kernels.numerics import BLOCK, INFINITY_BITS, down_block
+from llama_hpc.model.attention import AttentionWeights
+from llama_hpc.model.layer import LayerWeights
+from llama_hpc.model.linear import NO_BIAS, LinearWeights
+from llama_hpc.model.mlp import MLPWeights
+from llama_hpc.model.shares import StageShare, TensorShare
+from llama_hpc.model.transformer import StageWeights
+from llama_hpc.weights.checkpoint import Checkpoint
+
+FORMATS = ("q3_5", "q8", "f32")
+CHUNK = 1 << 21                 # weights converted at a time
+
+
+class PeerFailed(Exception):
+    """Another rank of the tensor group could not load its share; it reports the reason."""
+
+
+def table_format(weights_format: str) -> str:
+    """The format of embedding and output head: quantised models keep them in ``q8``."""
+    return "f32" if weights_format == "f32" else "q8"
+
+
+def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, share: TensorShare, reducer: TensorReducer, *,
+               threads: int = 1, progress=None, hashes: dict[str, str] | None = None) -> StageWeights:
+    """One rank's weights. Collective over the tensor group of ``reducer``.
+
+    ``progress(n)`` is told of every n weights done. With ``hashes``, the packed bytes of every whole tensor of the stage
+    are hashed (SHA-256) into it on tensor rank 0. Raises CheckpointError for damaged data, PeerFailed on the others.
+    """
+    loader = _Loader(checkpoint, weights_format, share, reducer, threads, progress, hashes)
+    try:
+        weights = loader.stage(stage)
+    except PeerFailed:
+        raise
+    except Exception:
+        loader.synchronize(failed=True)
+        raise
+    loader.synchronize()
+    return weights
+
+
+class _Loader:
+    def __init__(self, checkpoint, weights_format, share, reducer, threads, progress, hashes):
+        self.checkpoint, self.config, self.format = checkpoint, checkpoint.config, weights_format
+        self.share, self.reducer, self.threads = share, reducer, threads
+        self.progress, self.hashes = progress or (lambda weights: None), hashes
+
+    def stage(self, stage: StageShare) -> StageWeights:
+        config, tables = self.config, table_format(self.format)
+        embedding = self.linear("embedding", self.share.vocabulary, None, BLOCK, tables) if stage.first else None
+        layers = [self.layer(number) for number in stage.layers]
+        final_norm = head = None
+        if stage.last:
+            final_norm = self.vector("final_norm")
+            name = "embedding" if config.tie_embeddings else "head"
+            shared = embedding if config.tie_embeddings else None
+            head = shared or self.linear(name, self.share.vocabulary, None, BLOCK, tables)
+        return StageWeights(self.format != "f32", layers, embedding, final_norm, head)
+
+    def layer(self, number: int) -> LayerWeights:
+        config, share, prefix = self.config, self.share, f"layers.{number}."
+        head_dim = config.head_dim
+        q_rows = range(share.query_heads.start * head_dim, share.query_heads.stop * head_dim)
+        kv_rows = range(share.kv_heads.start * head_dim, share.kv_heads.stop * head_dim)
+        def column(name: str, rows: range, biased: bool) -> LinearWeights:
+            return self.linear(prefix + name, rows, None, BLOCK, self.format, prefix + name + "_bias" if biased else None)
+        def row(name: str, columns: range, block: int, biased: bool) -> LinearWeights:
+            rows = range(config.hidden_size)
+            return self.linear(prefix + name, rows, columns, block, self.format, prefix + name + "_bias" if biased else None)
+        attention = AttentionWeights(
+            column("q", q_rows, config.attention_bias), column("k", kv_rows, config.attention_bias),
+            column("v", kv_rows, config.attention_bias), row("o", q_rows, min(head_dim, BLOCK), config.output_bias),
+            *((self.vector(prefix + "q_norm"), self.vector(prefix + "k_norm")) if config.qk_norm else ()))
+        mlp = MLPWeights(
+            column("gate", share.ffn, config.mlp_bias), column("up", share.ffn, config.mlp_bias),
+            row("down", share.ffn, down_block(config.intermediate_size), config.mlp_bias))
+        return LayerWeights(self.vector(prefix + "attention_norm"), attention, self.vector(prefix + "mlp_norm"), mlp)
+
+    def vector(self, name: str, rows: range | None = None) -> np.ndarray:
+        """A norm or a bias, float32, checked."""
+        values = self.checkpoint.read(name, slice(rows.start, rows.stop) if rows is not None else None)
+        self._check(name, row_maxima(values[None, :]), 0)
+        return values
+
+    def linear(self, name: str, rows: range, columns: range | None, block: int, weights_format: str,
+               bias: str | None = None) -> LinearWeights:
+        """Rows and columns (None: all) of a projection in a weight format, and these rows of its bias."""
+        whole = self.checkpoint.shape(name)[1]
+        blocks = formats.Blocks(whole if columns is None else len(columns), block)
+        parts: list = []
+        if weights_format == "f32":
+            weights = self._floats(name, rows, columns, blocks, parts)
+        else:
+            weights = self._integers(name, rows, columns, blocks, weights_format, parts)
+        if self.hashes is not None:
+            self._hash(name, rows, columns, blocks, parts)
+        return LinearWeights(weights, self.vector(bias, rows) if bias else NO_BIAS)
+
+    def _chunks(self, name: str, rows: range, columns: range | None):
+        """(first row within the share, float32 [n, columns], integer maxima [n]) for chunks of the rows, checked."""
+        step = max(1, CHUNK // max(1, self.checkpoint.shape(name)[1]))
+        part = None if columns is None else slice(columns.start, columns.stop)
+        for first in range(rows.start, rows.stop, step):
+            values = self.checkpoint.read(name, slice(first, min(first + step, rows.stop)), part)
+            maxima = row_maxima(values)
+            self._check(name, maxima, first)
+            yield first - rows.start, values, maxima
+
+    def _check(self, name: str, maxima: np.ndarray, first_row: int) -> None:
+        bad = np.flatnonzero(maxima >= INFINITY_BITS)
+        if bad.size:
+            raise CheckpointError(f"{self.checkpoint.path}: NaN or infinity in tensor {name}, row {first_row + int(bad[0])}; "
+                                  "the file is damaged, or was converted wrongly")
+
+    def _floats(self, name, rows, columns, blocks, parts) -> matmul.FloatWeights:
+        weights = matmul.empty_float_weights(len(rows), blocks.size, blocks.block)
+        for first, values, _ in self._chunks(name, rows, columns):
+            matmul.fill_float(weights, first, values)
+            self.progress(values.size)
+            if self.hashes is not None:
+                parts.append(values)
+        return weights
+
+    def _integers(self, name, rows, columns, blocks, weights_format, parts) -> matmul.IntegerWeights:
+        weights = matmul.empty_integer_weights(len(rows), blocks.groups, blocks.groups_per_block)
+        codebook = maxima = None
+        if weights_format == "q3_5":
+            codebook = self._codebook(name, blocks.block)
+            maxima = self._whole_row_maxima(name, rows, columns) if columns is not None else None
+        for first, values, own in self._chunks(name, rows, columns):
+            if codebook is None:
+                packed = quantize_q8(values, blocks, threads=self.threads)
+            else:
+                row_maximum = own if maxima is None else maxima[first : first + len(values)]
+                packed = quantize_q3_5(values, blocks, codebook, row_maximum, threads=self.threads)
+            matmul.fill_integer(weights, first, *packed.unpack())
+            self.progress(values.size)
+            if self.hashes is not None:
+                parts.append(packed)
+        return weights
+
+    def _codebook(self, name: str, block: int) -> np.ndarray:
+        """Every rank fits the same codebook from the same rows of the whole tensor."""
+        rows, columns = self.checkpoint.shape(name)
+        chosen = sample_rows(rows, columns)
+        sample = np.concatenate([self.checkpoint.read(name, slice(r, r + 1)) for r in map(int, chosen)])
+        self._check(name, row_maxima(sample), 0)
+        return fit_codebook(sample, formats.Blocks(columns, block))
+
+    def _whole_row_maxima(self, name: str, rows: range, columns: range) -> np.ndarray:
+        """uint32 maxima of whole rows, of which this rank holds some columns. Collective over the tensor group."""
+        own = np.zeros(len(rows), np.uint32)
+        for first, _, maxima in self._chunks(name, rows, columns):
+            own[first : first + len(maxima)] = maxima
+        return self.synchronize(own)
+
+    def synchronize(self, maxima: np.ndarray | None = None, failed: bool = False) -> np.ndarray:
+        """Elementwise maximum over the tensor group, with a flag: raises PeerFailed when a rank says that it failed.
+
+        Collective; every call moves the same hidden_size + 1 numbers, so a failed rank can join whichever comes next.
+        """
+        buffer = np.zeros(self.config.hidden_size + 1, np.uint32)
+        if maxima is not None:
+            buffer[:-1] = maxima
+        buffer[-1] = failed
+        self.reducer.maximum(buffer)
+        if buffer[-1] and not failed:
+            raise PeerFailed
+        return buffer[:-1]
+
+    def _hash(self, name, rows, columns, blocks, parts) -> None:
+        """Hashes the whole tensor on tensor rank 0. Collective."""
+        self.synchronize()
+        shards = self.reducer.comm.gather((rows if columns is None else columns, blocks, parts))
+        if shards is not None:
+            self.hashes[name] = _whole_hash(shards, self.checkpoint.shape(name), columns is not None)
+
+
+def _whole_hash(shards, shape: tuple[int, int], cut_columns: bool) -> str:
+    """SHA-256 of the packed bytes of a tensor from all shards; rows held twice (shared KV heads) count once."""
+    done, pieces = 0, []
+    for held, blocks, parts in shards:
+        if not parts:
+            continue
+        skip, done = max(0, done - held.start), max(done, held.stop)
+        pieces.append(_joined(parts, skip if not cut_columns else 0))
+    if isinstance(pieces[0], np.ndarray):
+        whole = np.concatenate(pieces, 1 if cut_columns else 0)
+        return hashlib.sha256(f"f32 {shape[0]} {shape[1]}\n".encode() + np.ascontiguousarray(whole, "<f4").tobytes()).hexdigest()
+    return formats.concatenate(pieces, 1 if cut_columns else 0).sha256()
+
+
+def _joined(parts: list, skip: int):
+    """The row chunks of one shard as one array or Packed, without its first ``skip`` rows."""
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)[skip:]
+    return formats.concatenate(parts, 0).rows(skip)
