@@ -25,6 +25,7 @@ PAIRS = GROUP // 2              # pairs of weights in a group
 CODE_BITS = 7
 CODE_BYTES = PAIRS * CODE_BITS // 8
 CODEBOOK_SIZE = 1 << CODE_BITS
+_SHIFTS = CODE_BITS * np.arange(8, dtype=np.uint64)     # eight 7-bit fields are seven bytes
 
 # (-1)**j * 2**(0.2 - 0.055 j - 0.005 j**2). The steps are finest where most groups lie, a little below the row's
 # maximum, and reach a quarter of it for rows with outliers. The alternating sign makes the codebook and its mirror
@@ -39,7 +40,7 @@ FACTORS = np.array([
 
 @dataclass(frozen=True)
 class QuantizedKind:
-    """A weight format: bytes of a group's codes, bits of a group's factor, bits of a row's scale, bytes of a codebook."""
+    """A weight format: bytes of a group's codes, bits of its factor, bits of a row's scale, bytes of the codebook."""
 
     name: str
     code_bytes: int
@@ -56,7 +57,7 @@ FORMATS = {kind.name: kind for kind in (
 
 @dataclass(frozen=True)
 class Blocks:
-    """``size`` k cut into reduction blocks of ``block`` k, each into groups of 32; the last of either may be shorter."""
+    """``size`` k cut into reduction blocks of ``block`` k, each into groups of 32; the last of each may be shorter."""
 
     size: int
     block: int
@@ -107,14 +108,19 @@ class Blocks:
 
 def pack_codes(indices: np.ndarray) -> np.ndarray:
     """uint8 [..., 16] indices below 128 to uint8 [..., 14]: little-endian 7-bit fields, pair 0 in the lowest bits."""
-    bits = np.unpackbits(np.asarray(indices, np.uint8)[..., None], axis=-1, count=CODE_BITS, bitorder="little")
-    return np.packbits(bits.reshape(*bits.shape[:-2], PAIRS * CODE_BITS), axis=-1, bitorder="little")
+    indices = np.asarray(indices)
+    fields = indices.reshape(-1, 8).astype("<u8") << _SHIFTS
+    words = np.bitwise_or.reduce(fields, axis=1)
+    return words.view(np.uint8).reshape(-1, 8)[:, :CODE_BITS].reshape(*indices.shape[:-1], CODE_BYTES)
 
 
 def unpack_codes(codes: np.ndarray) -> np.ndarray:
     """uint8 [..., 14] to uint8 [..., 16] indices: the inverse of ``pack_codes``."""
-    bits = np.unpackbits(codes, axis=-1, bitorder="little").reshape(*codes.shape[:-1], PAIRS, CODE_BITS)
-    return np.packbits(bits, axis=-1, bitorder="little")[..., 0]
+    eighths = codes.reshape(-1, CODE_BITS)
+    words = np.zeros((len(eighths), 8), np.uint8)
+    words[:, :CODE_BITS] = eighths
+    fields = words.view("<u8") >> _SHIFTS & np.uint64(CODEBOOK_SIZE - 1)
+    return fields.astype(np.uint8).reshape(*codes.shape[:-1], PAIRS)
 
 
 def _pack_nibbles(indices: np.ndarray) -> np.ndarray:
@@ -178,7 +184,8 @@ class Packed:
         if self.format == "q8":
             factors = self.scales.view(np.float16).astype(np.float32)
             return self.codes, factors, np.ones(self.n, np.float32)
-        values = self.codebook[unpack_codes(self.codes)].reshape(self.n, self.blocks.groups, GROUP)
+        pairs = self.codebook.view(np.uint16)[:, 0][unpack_codes(self.codes)]
+        values = pairs.view(np.int8).reshape(self.n, self.blocks.groups, GROUP)
         return values, FACTORS[self.scales], self.row_scales.view(np.float16).astype(np.float32)
 
     def dequantize(self) -> np.ndarray:

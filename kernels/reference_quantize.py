@@ -20,7 +20,7 @@ ERROR_SHIFT = 8                                 # of the error sums, which rank 
 
 
 def row_maxima(w) -> np.ndarray:
-    """Bits of the largest magnitude of each row of float32 [n, k], as uint32 [n]; shards of columns combine by maximum."""
+    """Bits (uint32 [n]) of each row's largest magnitude in float32 [n, k]; column shards combine by maximum."""
     bits = np.ascontiguousarray(w, np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
     return bits.max(axis=1, initial=0)
 
@@ -57,7 +57,7 @@ def inverse_scales(scales) -> np.ndarray:
 
 
 def choose(v, codebook) -> tuple[int, np.ndarray, np.ndarray]:
-    """Factor index, codes uint8 [16] and fixed-point weights int32 [16, 2] of one group ``v`` float32 [32], in units."""
+    """Factor index, codes uint8 [16] and fixed-point weights int32 [16, 2] of a group ``v``, float32 [32] in units."""
     x = np.clip(np.rint(v * INVERSES[:, None]), -LIMIT, LIMIT).astype(np.int32).reshape(-1, PAIRS, 2)
     entries = codebook.astype(np.int32)
     point = np.clip((x + (1 << UNIT_BITS - 1)) >> UNIT_BITS, -LARGEST, LARGEST)
@@ -70,7 +70,7 @@ def choose(v, codebook) -> tuple[int, np.ndarray, np.ndarray]:
 def quantize_q3_5(w, blocks: Blocks, codebook, maxima) -> Packed:
     """Quantises float32 [n, blocks.size], any shard of rows and of columns cut at reduction blocks.
 
-    ``codebook``: int8 [128, 2] with (0, 0) as entry 0, of the whole tensor. ``maxima``: ``row_maxima`` of the whole rows.
+    ``codebook``: int8 [128, 2] with (0, 0) as entry 0, of the whole tensor. ``maxima``: ``row_maxima`` of whole rows.
     Raises ValueError for weights that are not finite or too large for float16 scales.
     """
     scales = row_scales(maxima)
@@ -101,9 +101,9 @@ def quantize_q8(w, blocks: Blocks) -> Packed:
 def cell_sums(v, weights, codebook, threads: int = 1) -> np.ndarray:
     """What one Lloyd step needs: int64 [128, 4] sums over the pairs that choose each codebook entry.
 
-    ``v``: float32 [groups, 32] in units of their row scale. ``weights``: int64 [groups], below 2**21: the squares of the
-    row scales. A pair's weight is its group's times the chosen factor's square; the sums are of the weight, of weight x
-    each coordinate (in sixteenths) and of weight x squared error.
+    ``v``: float32 [groups, 32] in units of the row scale. ``weights``: int64 [groups], at most 2**20: the squares of
+    the row scales. A pair weighs as its group times the square of the factor chosen; the sums are of the weights, of
+    weight x each coordinate (in sixteenths) and of weight x squared error.
     """
     sums = np.zeros((CODEBOOK_SIZE, 4), np.int64)
     entries = codebook.astype(np.int64) << UNIT_BITS

@@ -27,7 +27,7 @@ CHUNK = 256                     # groups of a sample that are summed together
 
 
 def row_maxima(w, threads: int = 1) -> np.ndarray:
-    """Bits of the largest magnitude of each row of float32 [n, k], as uint32 [n]; shards of columns combine by maximum."""
+    """Bits (uint32 [n]) of each row's largest magnitude in float32 [n, k]; column shards combine by maximum."""
     w = np.ascontiguousarray(w, np.float32)
     maxima = np.zeros(w.shape[0], np.uint32)
     _run(_maxima_serial, _maxima_parallel, threads, w.view(np.uint32), maxima)
@@ -37,11 +37,13 @@ def row_maxima(w, threads: int = 1) -> np.ndarray:
 def quantize_q3_5(w, blocks: Blocks, codebook, maxima, threads: int = 1) -> Packed:
     """Quantises float32 [n, blocks.size], any shard of rows and of columns cut at reduction blocks.
 
-    ``codebook``: int8 [128, 2] with (0, 0) as entry 0, of the whole tensor. ``maxima``: ``row_maxima`` of the whole rows.
+    ``codebook``: int8 [128, 2] with (0, 0) as entry 0, of the whole tensor. ``maxima``: ``row_maxima`` of whole rows.
     Raises ValueError for weights that are not finite or too large for float16 scales.
     """
     w = _rows(w, blocks)
     scales = row_scales(maxima)
+    if scales.shape != (len(w),):
+        raise ValueError(f"{len(w)} rows of weights need as many row maxima, not {scales.shape}")
     factors = np.zeros((len(w), blocks.groups), np.uint8)
     codes = np.zeros((len(w), blocks.groups, CODE_BYTES), np.uint8)
     _run(_pairs_serial, _pairs_parallel, threads, w, inverse_scales(scales), blocks.block, blocks.groups_per_block,
@@ -122,9 +124,9 @@ def _fill_nearest(codebook, table):
 def _choose(v, nearest, entries, inverses, squares, x, cells, y):
     """The factor of least error for the group ``v``, float32 [2, 16]: first and second weights of the pairs.
 
-    Scratch: int32 ``x``, ``y`` [2, 16 * factors] and ``cells``. Leaves in ``x`` the fixed-point weights under every factor
-    and in ``cells`` the points of the table ``nearest`` that they fall on. Three passes, so that the first and the last
-    become vector code around the lookups.
+    Scratch: int32 ``x``, ``y`` [2, 16 * factors] and ``cells``. Leaves in ``x`` the fixed-point weights under every
+    factor, and in ``cells`` the points of the table ``nearest`` that they fall on. Three passes, so that the first and
+    the last become vector code around the lookups.
     """
     for factor in range(len(inverses)):
         for pair in range(PAIRS):
@@ -149,7 +151,7 @@ def _choose(v, nearest, entries, inverses, squares, x, cells, y):
 
 @njit(cache=True)
 def _point(x):
-    """A fixed-point coordinate rounded to whole units, as an index of the table's side. All in int32, for the vectors."""
+    """A fixed-point coordinate rounded to whole units, as an index of the table's side; in int32 for full vectors."""
     whole = np.int32(np.int32(x + np.int32(HALF)) >> np.int32(UNIT_BITS))
     return np.int32(min(max(whole, np.int32(-LARGEST)), np.int32(LARGEST)) + np.int32(LARGEST))
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 from typing import Any
 
@@ -72,7 +73,9 @@ def summary(results: Any) -> dict[str, Any]:
     grid = facts.get("grid")
     if isinstance(grid, dict):
         grid = "x".join(str(grid.get(axis, 1)) for axis in ("data", "pipeline", "tensor"))
-    seconds = facts.get("wall_seconds") or _seconds(facts.get("start_time"), facts.get("end_time"))
+    seconds = facts.get("wall_seconds")
+    if not isinstance(seconds, int | float):
+        seconds = _seconds(facts.get("start_time"), facts.get("end_time"))
     return {
         "status": results.status,
         "model": model.get("path") if isinstance(model, dict) else model,
@@ -177,7 +180,7 @@ def _print_wrapped(line: str, width: int | None, indent: str = "") -> None:
     import textwrap
 
     # What a model wrote must not move the cursor or recolour the terminal.
-    line = "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii") for c in line)
+    line = re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", lambda control: ascii(control[0])[1:-1], line)
     if width is None or len(line) <= width:
         print(line)
         return

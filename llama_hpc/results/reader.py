@@ -16,6 +16,7 @@ from llama_hpc.results.schema import FORMAT, STATUSES, VERSION, Output
 
 # Outputs read together: few calls into HDF5, little memory.
 _BATCH = 1024
+_OUTPUT_COLUMNS = ("request", "sample", "text", "finish_reason")
 
 
 @dataclass
@@ -174,17 +175,15 @@ def _check(path: Path, file: Any) -> tuple[str, str]:
 
 def _check_shapes(results: Results) -> None:
     with _damage(results.path):
-        lengths = {name: len(results.file[f"outputs/{name}"]) for name in ("tokens", "logprobs", "text", "sample")}
-        columns = [len(results.file[f"requests/{name}"]) for name in ("id", "prompt")]
-    offsets, request = results.offsets, results.request
-    consistent = (
-        len(offsets) == len(request) + 1 == lengths["text"] + 1 == lengths["sample"] + 1
-        and offsets[0] == 0
-        and bool(np.all(offsets[1:] >= offsets[:-1]))
-        and offsets[-1] == lengths["tokens"] == lengths["logprobs"]
-        and columns[0] == columns[1]
-        and bool(np.all((request >= 0) & (request < columns[0])))
-        and bool(np.all(request[1:] >= request[:-1]))
-    )
+        prompts, texts = len(results.file["requests/id"]), len(results.file["requests/prompt"])
+        length = {name: len(column) for name, column in results.file["outputs"].items()}
+        total = length.pop("tokens")
+        # Lengths first: a damaged one may be astronomical, and the column must not be read then.
+        consistent = prompts == texts and total == length.pop("logprobs")
+        consistent = consistent and {length.pop("offsets") - 1} == {length[name] for name in _OUTPUT_COLUMNS}
+    if consistent:
+        offsets, request = results.offsets, results.request
+        consistent = offsets[0] == 0 and offsets[-1] == total and np.all(offsets[1:] >= offsets[:-1])
+        consistent = consistent and np.all((request >= 0) & (request < prompts)) and np.all(request[1:] >= request[:-1])
     if not consistent:
         raise ResultsError(f"{results.path}: the result file is damaged: sizes of its datasets contradict each other")

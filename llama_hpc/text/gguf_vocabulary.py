@@ -108,6 +108,8 @@ def _spm(get: Get, tokens: list[str], types: list[int], around: dict):
 
     unknown = get("unknown_token_id", 0)
     scores = get("scores", [])
+    if len(scores) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens but {len(scores)} scores")
     pieces, kinds, added = [], [], []
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         matched = kind in (UNKNOWN, CONTROL, USER_DEFINED)

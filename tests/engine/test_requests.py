@@ -108,7 +108,7 @@ def test_a_bad_entry_is_named_with_its_line(save, entry, part):
 
 
 def test_metadata_is_ignored(save):
-    keys = ["question_id", "category", "turns", "reference", "answer", "source", "n", "text", "model", "prompt_id", "step"]
+    keys = ["question_id", "category", "turns", "reference", "answer", "n", "text", "model", "prompt_id", "step"]
     assert len(read_requests(save([{"prompt": "a", **dict.fromkeys(keys, 1)}]), DEFAULTS)) == 1
 
 

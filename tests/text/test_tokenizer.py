@@ -144,6 +144,10 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
     assert name in str(caught.value)
 
 
+def test_ids_outside_the_vocabulary_decode_to_nothing(smollm2):
+    assert smollm2.decode([smollm2.vocab_size, 10**6]) == ""
+
+
 def test_a_lone_surrogate_is_refused_with_its_place(smollm2):
     with pytest.raises(UsageError, match="lone surrogate U\\+D83E at character 2"):
         smollm2.encode("ab\ud83e")
