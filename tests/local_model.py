@@ -18,7 +18,7 @@ class LocalModel:
         self.config = checkpoint.config
         stage, share = whole(self.config)
         reducer = TensorReducer(MPI.COMM_SELF)
-        self.weights = load_stage(checkpoint, weights_format, stage, share, reducer, threads=threads)
+        self.weights = load_stage(checkpoint, weights_format, stage, share, reducer, MPI.COMM_SELF, threads=threads)
         self.stage = TransformerStage(self.config, stage, share, self.weights, reducer, sequences=1, max_seq_len=max_seq_len,
                                       max_rows=max_seq_len, max_outputs=max_seq_len, threads=threads)
 

@@ -18,7 +18,7 @@ from llama_hpc.engine.requests import read_requests
 from llama_hpc.engine.warmup import warm_up
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
-from llama_hpc.model.sizes import packed_bits, parameters, projections
+from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import TransformerStage
 from llama_hpc.results import Output, check_output_path, write_results
 from llama_hpc.runtime.abort import agreed, on_first
@@ -28,7 +28,7 @@ from llama_hpc.runtime.topology import available_memory, hostname
 from llama_hpc.text import load_tokenizer
 from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint
 from llama_hpc.weights.fingerprint import chunk_list, combine, content_files, hash_chunk
-from llama_hpc.weights.loader import PeerFailed, load_stage
+from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
 
 _LOG = logging.getLogger(__name__)
 _POLL = 0.2                     # seconds between looks at the shared counters
@@ -108,10 +108,10 @@ class Job:
         share = TensorShare.of(config, shape.tensor, grid.tensor_index)
         reducer, stage = TensorReducer(grid.tensor_comm), None
         hashes = self.hashes if grid.data_index == 0 else None
-        total = sum(p.rows * p.columns for p in projections(config, part, share))
-        with agreed(self.comm, "loading the weights"), Progress(total, "weights", "loading", show=self.first) as progress:
+        steps = loading_steps(config, self.args.weights, part, grid.stage_comm)
+        with agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.first) as progress:
             try:
-                weights = load_stage(checkpoint, self.args.weights, part, share, reducer, threads=self.threads,
+                weights = load_stage(checkpoint, self.args.weights, part, share, reducer, grid.stage_comm, threads=self.threads,
                                      progress=progress.update, hashes=hashes)
                 stage = TransformerStage(config, part, share, weights, reducer, sequences=plan.sequences, max_seq_len=max_seq_len,
                                          max_rows=plan.max_rows, max_outputs=plan.slots, threads=self.threads)

@@ -32,7 +32,7 @@ def warm_up(weights_format: str, threads: int, solo) -> None:
     """Compiles, or loads from the disk cache, the kernels for a weight format. ``solo`` is a communicator of one rank."""
     checkpoint, reducer = _TinyCheckpoint(), TensorReducer(solo)
     stage, share = whole(checkpoint.config)
-    weights = load_stage(checkpoint, weights_format, stage, share, reducer, threads=threads)
+    weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=threads)
     model = TransformerStage(checkpoint.config, stage, share, weights, reducer, sequences=1, max_seq_len=16, max_rows=9,
                              max_outputs=1, threads=threads)
     ids = np.arange(9, dtype=np.int32)

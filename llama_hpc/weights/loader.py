@@ -8,6 +8,7 @@ the shape alone fixes.
 import hashlib
 
 import numpy as np
+from mpi4py import MPI
 
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.errors import CheckpointError
@@ -17,6 +18,7 @@ from llama_hpc.kernels.cpu import matmul
 from llama_hpc.kernels.cpu.quantize import quantize_q3_5, quantize_q8, row_maxima
 from llama_hpc.kernels.numerics import BLOCK, INFINITY_BITS, down_block
 from llama_hpc.model.attention import AttentionWeights
+from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.layer import LayerWeights
 from llama_hpc.model.linear import NO_BIAS, LinearWeights
 from llama_hpc.model.mlp import MLPWeights
@@ -24,7 +26,7 @@ from llama_hpc.model.shares import StageShare, TensorShare
 from llama_hpc.model.transformer import StageWeights
 from llama_hpc.weights.checkpoint import Checkpoint
 
-FORMATS = ("q3_5", "q8", "f32")
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 CHUNK = 1 << 21                 # weights converted at a time
 
 
@@ -37,14 +39,17 @@ def table_format(weights_format: str) -> str:
     return "f32" if weights_format == "f32" else "q8"
 
 
-def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, share: TensorShare, reducer: TensorReducer, *,
-               threads: int = 1, progress=None, hashes: dict[str, str] | None = None) -> StageWeights:
-    """One rank's weights. Collective over the tensor group of ``reducer``.
+def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, share: TensorShare, reducer: TensorReducer,
+               stage_comm: MPI.Comm, *, threads: int = 1, progress=None, hashes: dict[str, str] | None = None) -> StageWeights:
+    """One rank's weights. Collective over ``stage_comm``, the ranks of this stage in all replicas.
 
-    ``progress(n)`` is told of every n weights done. With ``hashes``, the packed bytes of every whole tensor of the stage
-    are hashed (SHA-256) into it on tensor rank 0. Raises CheckpointError for damaged data, PeerFailed on the others.
+    ``progress()`` is called after each of ``loading_steps``. With ``hashes``, the packed bytes of every whole tensor of the stage
+    are hashed (SHA-256) into it on tensor rank 0; give it to all ranks of a tensor group or to none. Raises
+    CheckpointError for damaged data, and PeerFailed on the ranks that wait for one that failed.
     """
     loader = _Loader(checkpoint, weights_format, share, reducer, threads, progress, hashes)
+    if weights_format == "q3_5":
+        loader.fit_codebooks(stage, stage_comm)
     try:
         weights = loader.stage(stage)
     except PeerFailed:
@@ -56,11 +61,50 @@ def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, s
     return weights
 
 
+def loading_steps(config: ModelConfig, weights_format: str, stage: StageShare, stage_comm: MPI.Comm) -> int:
+    """How often ``load_stage`` reports progress: once a matrix, and once a codebook that this rank fits."""
+    fits = _quantised(stage)[stage_comm.rank :: stage_comm.size] if weights_format == "q3_5" else ()
+    tables = 2 if stage.first and stage.last and not config.tie_embeddings else int(stage.first or stage.last)
+    return len(_quantised(stage)) + tables + len(fits)
+
+
+def _quantised(stage: StageShare) -> list[str]:
+    """The projections of a stage's layers, by name."""
+    return [f"layers.{number}.{part}" for number in stage.layers for part in PROJECTIONS]
+
+
 class _Loader:
     def __init__(self, checkpoint, weights_format, share, reducer, threads, progress, hashes):
         self.checkpoint, self.config, self.format = checkpoint, checkpoint.config, weights_format
         self.share, self.reducer, self.threads = share, reducer, threads
-        self.progress, self.hashes = progress or (lambda weights: None), hashes
+        self.progress, self.hashes = progress or (lambda: None), hashes
+        self.codebooks: dict[str, np.ndarray] = {}
+        row_parallel = {"o": min(self.config.head_dim, BLOCK), "down": down_block(self.config.intermediate_size)}
+        self.blocks = dict.fromkeys(PROJECTIONS, BLOCK) | row_parallel
+
+    def fit_codebooks(self, stage: StageShare, comm: MPI.Comm) -> None:
+        """Fits the stage's codebooks, dealt out to the ranks of ``comm``. Collective over it; all ranks fail together."""
+        names = _quantised(stage)
+        failure, fitted = None, None
+        try:
+            fitted = [self._codebook(name) for name in names[comm.rank :: comm.size]]
+        except Exception as error:
+            failure = error
+        everyone = comm.allgather(fitted)
+        if failure is not None:
+            raise failure
+        if any(part is None for part in everyone):
+            raise PeerFailed
+        self.codebooks = {name: everyone[i % comm.size][i // comm.size] for i, name in enumerate(names)}
+
+    def _codebook(self, name: str) -> np.ndarray:
+        """From sample rows of the whole tensor."""
+        rows, columns = self.checkpoint.shape(name)
+        chosen = sample_rows(rows, columns)
+        sample = np.concatenate([self.checkpoint.read(name, slice(row, row + 1)) for row in chosen.tolist()])
+        self._check(name, row_maxima(sample), chosen)
+        self.progress()
+        return fit_codebook(sample, formats.Blocks(columns, self.blocks[name.rsplit(".", 1)[-1]]), threads=self.threads)
 
     def stage(self, stage: StageShare) -> StageWeights:
         config, tables = self.config, table_format(self.format)
@@ -75,28 +119,29 @@ class _Loader:
         return StageWeights(self.format != "f32", layers, embedding, final_norm, head)
 
     def layer(self, number: int) -> LayerWeights:
-        config, share, prefix = self.config, self.share, f"layers.{number}."
-        head_dim = config.head_dim
+        config, share, head_dim, prefix = self.config, self.share, self.config.head_dim, f"layers.{number}."
         q_rows = range(share.query_heads.start * head_dim, share.query_heads.stop * head_dim)
         kv_rows = range(share.kv_heads.start * head_dim, share.kv_heads.stop * head_dim)
+        def linear(name: str, rows: range, columns: range | None, biased: bool) -> LinearWeights:
+            bias = f"{prefix}{name}_bias" if biased else None
+            return self.linear(prefix + name, rows, columns, self.blocks[name], self.format, bias)
         def column(name: str, rows: range, biased: bool) -> LinearWeights:
-            return self.linear(prefix + name, rows, None, BLOCK, self.format, prefix + name + "_bias" if biased else None)
-        def row(name: str, columns: range, block: int, biased: bool) -> LinearWeights:
-            rows = range(config.hidden_size)
-            return self.linear(prefix + name, rows, columns, block, self.format, prefix + name + "_bias" if biased else None)
+            return linear(name, rows, None, biased)
+        def row(name: str, columns: range, biased: bool) -> LinearWeights:
+            return linear(name, range(config.hidden_size), columns, biased)
         attention = AttentionWeights(
             column("q", q_rows, config.attention_bias), column("k", kv_rows, config.attention_bias),
-            column("v", kv_rows, config.attention_bias), row("o", q_rows, min(head_dim, BLOCK), config.output_bias),
+            column("v", kv_rows, config.attention_bias), row("o", q_rows, config.output_bias),
             *((self.vector(prefix + "q_norm"), self.vector(prefix + "k_norm")) if config.qk_norm else ()))
         mlp = MLPWeights(
             column("gate", share.ffn, config.mlp_bias), column("up", share.ffn, config.mlp_bias),
-            row("down", share.ffn, down_block(config.intermediate_size), config.mlp_bias))
+            row("down", share.ffn, config.mlp_bias))
         return LayerWeights(self.vector(prefix + "attention_norm"), attention, self.vector(prefix + "mlp_norm"), mlp)
 
     def vector(self, name: str, rows: range | None = None) -> np.ndarray:
         """A norm or a bias, float32, checked."""
         values = self.checkpoint.read(name, slice(rows.start, rows.stop) if rows is not None else None)
-        self._check(name, row_maxima(values[None, :]), 0)
+        self._check(name, row_maxima(values[:, None]), rows or range(len(values)))
         return values
 
     def linear(self, name: str, rows: range, columns: range | None, block: int, weights_format: str,
@@ -110,7 +155,8 @@ class _Loader:
         else:
             weights = self._integers(name, rows, columns, blocks, weights_format, parts)
         if self.hashes is not None:
-            self._hash(name, rows, columns, blocks, parts)
+            self._hash(name, rows, columns, parts)
+        self.progress()
         return LinearWeights(weights, self.vector(bias, rows) if bias else NO_BIAS)
 
     def _chunks(self, name: str, rows: range, columns: range | None):
@@ -120,30 +166,29 @@ class _Loader:
         for first in range(rows.start, rows.stop, step):
             values = self.checkpoint.read(name, slice(first, min(first + step, rows.stop)), part)
             maxima = row_maxima(values)
-            self._check(name, maxima, first)
+            self._check(name, maxima, range(first, first + len(values)))
             yield first - rows.start, values, maxima
 
-    def _check(self, name: str, maxima: np.ndarray, first_row: int) -> None:
+    def _check(self, name: str, maxima: np.ndarray, rows) -> None:
         bad = np.flatnonzero(maxima >= INFINITY_BITS)
         if bad.size:
-            raise CheckpointError(f"{self.checkpoint.path}: NaN or infinity in tensor {name}, row {first_row + int(bad[0])}; "
+            raise CheckpointError(f"{self.checkpoint.path}: NaN or infinity in tensor {name}, row {rows[bad[0]]}; "
                                   "the file is damaged, or was converted wrongly")
 
     def _floats(self, name, rows, columns, blocks, parts) -> matmul.FloatWeights:
         weights = matmul.empty_float_weights(len(rows), blocks.size, blocks.block)
         for first, values, _ in self._chunks(name, rows, columns):
             matmul.fill_float(weights, first, values)
-            self.progress(values.size)
             if self.hashes is not None:
                 parts.append(values)
         return weights
 
     def _integers(self, name, rows, columns, blocks, weights_format, parts) -> matmul.IntegerWeights:
         weights = matmul.empty_integer_weights(len(rows), blocks.groups, blocks.groups_per_block)
-        codebook = maxima = None
-        if weights_format == "q3_5":
-            codebook = self._codebook(name, blocks.block)
-            maxima = self._whole_row_maxima(name, rows, columns) if columns is not None else None
+        codebook = self.codebooks.get(name)
+        maxima = None
+        if codebook is not None and columns is not None:
+            maxima = self._whole_row_maxima(name, rows, columns)
         for first, values, own in self._chunks(name, rows, columns):
             if codebook is None:
                 packed = quantize_q8(values, blocks, threads=self.threads)
@@ -151,18 +196,9 @@ class _Loader:
                 row_maximum = own if maxima is None else maxima[first : first + len(values)]
                 packed = quantize_q3_5(values, blocks, codebook, row_maximum, threads=self.threads)
             matmul.fill_integer(weights, first, *packed.unpack())
-            self.progress(values.size)
             if self.hashes is not None:
                 parts.append(packed)
         return weights
-
-    def _codebook(self, name: str, block: int) -> np.ndarray:
-        """Every rank fits the same codebook from the same rows of the whole tensor."""
-        rows, columns = self.checkpoint.shape(name)
-        chosen = sample_rows(rows, columns)
-        sample = np.concatenate([self.checkpoint.read(name, slice(r, r + 1)) for r in map(int, chosen)])
-        self._check(name, row_maxima(sample), 0)
-        return fit_codebook(sample, formats.Blocks(columns, block))
 
     def _whole_row_maxima(self, name: str, rows: range, columns: range) -> np.ndarray:
         """uint32 maxima of whole rows, of which this rank holds some columns. Collective over the tensor group."""
@@ -185,10 +221,10 @@ class _Loader:
             raise PeerFailed
         return buffer[:-1]
 
-    def _hash(self, name, rows, columns, blocks, parts) -> None:
+    def _hash(self, name, rows, columns, parts) -> None:
         """Hashes the whole tensor on tensor rank 0. Collective."""
         self.synchronize()
-        shards = self.reducer.comm.gather((rows if columns is None else columns, blocks, parts))
+        shards = self.reducer.comm.gather((rows if columns is None else columns, parts))
         if shards is not None:
             self.hashes[name] = _whole_hash(shards, self.checkpoint.shape(name), columns is not None)
 
@@ -196,7 +232,7 @@ class _Loader:
 def _whole_hash(shards, shape: tuple[int, int], cut_columns: bool) -> str:
     """SHA-256 of the packed bytes of a tensor from all shards; rows held twice (shared KV heads) count once."""
     done, pieces = 0, []
-    for held, blocks, parts in shards:
+    for held, parts in shards:
         if not parts:
             continue
         skip, done = max(0, done - held.start), max(done, held.stop)

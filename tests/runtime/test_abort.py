@@ -134,7 +134,7 @@ def check(job, n, case):
 @pytest.mark.parametrize("case", CASES)
 def test_one_line_and_the_exit_code(mpirun, case, tmp_path):
     start = time.monotonic()
-    check(mpirun(3, ["-c", PROGRAM, case], timeout=20), 3, case)
+    check(mpirun(3, ["-c", PROGRAM, case], timeout=20, cwd=tmp_path), 3, case)
     assert time.monotonic() - start < 8
 
 
