@@ -12,6 +12,7 @@ import numpy as np
 from .numerics import FIXED, exp, log_probability
 
 _MASK = 2**64 - 1
+TEMPERATURES = 2.0**-100, 2.0**100      # between them a logit below 2**20 divided by the temperature is finite
 
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -31,7 +32,7 @@ def request_key(seed: int, request_id: str) -> tuple[int, int]:
 
 
 def weigh(logits, weights):
-    """weights[i] = rint(exp(logits[i] - maximum) * 2**32) as int64 for float32 logits [V]; returns (maximum, sum of the weights)."""
+    """weights[i] = rint(exp(logits[i] - maximum) * 2**32), int64, for float32 logits [V]; returns (maximum, their sum)."""
     maximum = logits.max()
     weights[:] = np.rint(exp(logits - maximum) * FIXED).astype(np.int64)
     return maximum, int(weights.sum())
@@ -48,14 +49,15 @@ def choose(logits, temperature: float, top_k: int, top_p: float, random: int, we
     """The token drawn from float32 logits [V] with a 64-bit random number; temperature 0 takes the first in order.
 
     Temperature divides the logits, then ``top_k`` keeps the first k (0: all), then ``top_p`` keeps the shortest prefix
-    with at least that share of the kept weight. ``weigh`` is a backend's form of the function above.
+    with at least that share of the kept weight. The order is that of the logits themselves: division may make
+    neighbours equal. Temperatures beyond ``TEMPERATURES`` count as the nearer end, where all weight lies on the maximum
+    or is the same everywhere. ``weigh`` is a backend's form of the function above.
     """
     if temperature == 0:
         return int(np.argmax(logits))
-    scaled = logits / np.float32(temperature)
-    weights = np.empty(scaled.shape, np.int64)
-    weigh(scaled, weights)
-    keys = order_keys(scaled)
+    weights = np.empty(logits.shape, np.int64)
+    weigh(logits / np.float32(np.clip(temperature, *TEMPERATURES)), weights)
+    keys = order_keys(logits)
     if 0 < top_k < keys.shape[0]:
         keys = np.partition(keys, top_k - 1)[:top_k]
     ids = (np.sort(keys) & np.uint64(0xFFFFFFFF)).astype(np.int64)

@@ -90,7 +90,7 @@ def _block(q, q_index, key_pool, value_pool, table, kv_head, first, last, scale,
     result[width + 1] = np.float32(np.float64(total) * UNFIXED)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _merge(results, blocks, width, out, out_index, head_dim):
     """Adds the blocks as fixed point relative to their common maximum and divides; returns the number of faults."""
     largest, faults = results[width], 0

@@ -25,7 +25,7 @@ def _largest_magnitude(bits, first, last):
     return largest
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def rms_norm(x, weight, eps, out, rows):
     """out[r] = x[r] / sqrt(mean(x[r]²) + eps) * weight for float32 [rows, n] (RMSNorm, Zhang & Sennrich 2019).
 
@@ -52,7 +52,7 @@ def rms_norm(x, weight, eps, out, rows):
     return OK
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def quantize_rows(x, block, out, scales, rows):
     """Per row and group of 32 k: out = rint(x * (127 / amax)) as whole float32, scale = amax / 127.
 

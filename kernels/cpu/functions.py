@@ -12,7 +12,7 @@ _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
 @njit(cache=True)
 def exp(x):
-    """float32 e**x; 0 below -87, e**88 above 88."""
+    """float32 e**x; 0 below -87, e**88 above 88, NaN for NaN."""
     clamped = min(max(x, EXP_LOWEST), EXP_HIGHEST)
     n = rint(clamped * LOG2E)
     r = fma_scalar(-n, LN2_HIGH, clamped)
@@ -25,10 +25,10 @@ def exp(x):
     p = fma_scalar(p, r, _C6)
     p = fma_scalar(p, r, _C7)
     scale = float_from_bits(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))
-    return p * scale if x >= EXP_LOWEST else _ZERO
+    return _ZERO if x < EXP_LOWEST else p * scale
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def sigmoid(x):
     """float32 1 / (1 + e**-x), without overflow on either side."""
     e = exp(-abs(x))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit, prange
 
-from ..numerics import BLOCK_LIMIT, FIXED, GROUP, NOT_FINITE, OK, OUT_OF_RANGE
+from ..numerics import BLOCK_LIMIT, FIXED, GROUP, OK, OUT_OF_RANGE
 from . import simd
 
 LANES = simd.LANES
@@ -33,9 +33,10 @@ class FloatWeights:
 
 @dataclass(frozen=True)
 class IntegerWeights:
-    """Quantised weights: int8 ``values`` [tiles, groups * 32, 16], float32 ``factors`` [tiles, groups, 16], ``row_scales`` [tiles * 16].
+    """Quantised weights: a weight is value x factor x row scale.
 
-    A group is 32 k and starts afresh in each reduction block of ``groups_per_block`` groups; gaps hold zeros.
+    int8 ``values`` [tiles, groups * 32, 16], float32 ``factors`` [tiles, groups, 16] and ``row_scales`` [tiles * 16]. A group
+    is 32 k and starts afresh in each reduction block of ``groups_per_block`` groups; gaps hold zeros.
     """
 
     values: np.ndarray

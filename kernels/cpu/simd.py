@@ -196,14 +196,6 @@ def tile_clear(typing_context, tile):
 
 
 @intrinsic
-def tile_tokens(typing_context, tile):
-    """The tile's number of tokens, a constant."""
-    def codegen(context, builder, signature, arguments):
-        return ir.Constant(_I64, tile.tokens)
-    return types.intp(tile), codegen
-
-
-@intrinsic
 def tile_fma(typing_context, tile, weights, x, offset, stride):
     """tile[t] = fma(weights, x[offset + t * stride], tile[t]) for every token t."""
     def codegen(context, builder, signature, arguments):
@@ -243,17 +235,11 @@ def _add_fixed(builder, value, pointer, fixed, limit):
 
 
 @intrinsic
-def add_fixed(typing_context, value, sums, index, fixed, limit):
-    """sums[index : index + 16] (int64) += rint(value * fixed); False where a lane is not below the limit (it adds zero)."""
-    def codegen(context, builder, signature, arguments):
-        value, array, index, fixed, limit = arguments
-        return _add_fixed(builder, value, _pointer(context, builder, sums, array, index), fixed, limit)
-    return types.boolean(vector, sums, types.intp, types.float32, types.float32), codegen
-
-
-@intrinsic
 def tile_add_fixed(typing_context, tile, row_scales, sums, offset, stride, fixed, limit):
-    """``add_fixed`` of tile[t] * row_scales at sums[offset + t * stride] for every token t."""
+    """sums[i : i + 16] (int64) += rint(tile[t] * row_scales * fixed), i = offset + t * stride, for every token t.
+
+    A lane not below the limit adds zero; returns whether all lanes were below it.
+    """
     def codegen(context, builder, signature, arguments):
         values, row_scales, array, offset, stride, fixed, limit = arguments
         within = ir.Constant(ir.IntType(1), 1)

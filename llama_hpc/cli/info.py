@@ -1,11 +1,103 @@
-"""``llama-hpc info``: a model's shapes, and what every rank of a grid would hold."""
+"""``llama-hpc info``: a model's shapes, and what every rank of a grid would hold. Reads no weights."""
 
 import argparse
 
+from llama_hpc.cli.options import add_layout, grid_shape
+
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
-    p = subparsers.add_parser("info", help="info", description=__doc__)
-    from llama_hpc.cli.options import add_layout
-    add_layout(p)
-    return p
-def main(args): return 0
+    """Add the command and its options to the program's parser."""
+    parser = subparsers.add_parser(
+        "info", help="a model's shapes, and what each rank of a grid would hold",
+        description=f"{__doc__} Alone, it shows any grid; under mpirun or srun, the job's ranks with their hosts and cores.")
+    add_layout(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Collective over the world; the first rank prints. Returns 0; errors are exceptions."""
+    from llama_hpc.runtime.abort import agreed, on_first
+    from llama_hpc.runtime.launch import check_world, world
+    from llama_hpc.runtime.topology import available_cores, hostname
+    comm = world()
+    check_world(comm)
+    hosts = comm.gather((hostname(), available_cores()))
+    with agreed(comm, "reading the command line"):
+        shape = grid_shape(args, comm.size if comm.size > 1 else None)
+    on_first(comm, _show, args, shape, hosts)
+    return 0
+
+
+def _show(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | None) -> None:
+    from llama_hpc.engine.layout import auto_grid, rank_shares
+    from llama_hpc.grid import GridShape
+    from llama_hpc.model.shares import check_grid
+    from llama_hpc.runtime.topology import available_memory
+    from llama_hpc.weights.checkpoint import open_checkpoint
+    checkpoint = open_checkpoint(args.model)
+    config = checkpoint.config
+    length = min(args.max_seq_len or config.context_length, config.context_length)
+    if shape is None and len(hosts) > 1:
+        # Hosts may differ in ranks; this one stands for all.
+        here = sum(host == hosts[0] for host in hosts)
+        shape = auto_grid(config, args.weights, len(hosts), here, available_memory() // here, len(hosts) * args.max_seqs,
+                          args.max_seqs, length)
+    shape = shape or GridShape(1, 1, 1)
+    check_grid(config, shape)
+    for name, value in _model_facts(checkpoint, args.weights):
+        print(f"{name:<20}{value}")
+    ranks = rank_shares(config, args.weights, shape, args.max_seqs * length)
+    print(f"\ngrid {shape} (replicas x stages x tensor ranks), {args.max_seqs} sequences of {length} tokens a replica:\n")
+    # A run orders its ranks by node, nodes by their first rank.
+    names = [host for host, _ in hosts]
+    known = sorted(hosts, key=lambda host: names.index(host[0])) if len(hosts) == shape.size > 1 else [("-", "-")] * shape.size
+    _print_table(
+        ("rank", "replica", "stage", "tensor", "host", "cores", "layers", "query heads", "KV heads", "FFN", "vocabulary",
+         "weights", "KV cache"),
+        [(str(n), str(r.data), str(r.stage_index), str(r.tensor_index), host, str(cores), _span(r.stage.layers),
+          _span(r.share.query_heads), _span(r.share.kv_heads), _span(r.share.ffn),
+          _span(r.share.vocabulary) if r.stage.first or r.stage.last else "-", _size(r.weights), _size(r.cache))
+         for n, (r, (host, cores)) in enumerate(zip(ranks, known, strict=True))])
+
+
+def _model_facts(checkpoint, weights: str) -> list[tuple[str, str]]:
+    from llama_hpc.model.sizes import packed_bits, parameters
+    config = checkpoint.config
+    stored = sorted({checkpoint.dtype(name) for name in checkpoint.names()})
+    file_bytes = sum(checkpoint.stored_bytes(name) for name in checkpoint.names())
+    layers, everything = packed_bits(config, weights)
+    rope = config.rope.kind + (" with factors" if config.rope.factors else "")
+    facts = [
+        ("model", str(checkpoint.path)),
+        ("family", config.family),
+        ("parameters", f"{parameters(config) / 1e6:,.1f} M"),
+        ("stored as", f"{', '.join(stored)}, {_size(file_bytes)}"),
+        ("layers", str(config.num_layers)),
+        ("hidden_size", str(config.hidden_size)),
+        ("intermediate_size", str(config.intermediate_size)),
+        ("heads", f"{config.num_heads} query, {config.kv_heads} KV, head_dim {config.head_dim}"),
+        ("vocabulary", f"{config.vocab_size}{', embeddings tied' if config.tie_embeddings else ''}"),
+        ("context", f"{config.context_length} tokens, RoPE {rope}, theta {config.rope.theta:g}"),
+        ("weights format", f"{weights}: {layers:.2f} bits a weight all in (layers), {everything:.2f} (all matrices)"),
+    ]
+    windows = sorted(set(config.windows) - {0})
+    if windows:
+        facts.insert(-1, ("sliding window", ", ".join(map(str, windows)) + " positions"))
+    return facts
+
+
+def _span(held: range) -> str:
+    return f"{held.start}-{held.stop - 1}" if len(held) else "none"
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count / 1024:.1f} KiB"
+
+
+def _print_table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    for row in (titles, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

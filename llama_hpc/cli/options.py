@@ -33,8 +33,8 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
                         help="limit of prompt and answer together, in tokens (default: the model's context)")
 
 
-def grid_shape(args: argparse.Namespace, ranks: int):
-    """The grid that the options ask for, or None for auto. Raises UsageError."""
+def grid_shape(args: argparse.Namespace, ranks: int | None):
+    """The grid that the options ask for, or None for auto; it must fill ``ranks`` ranks (None: any). Raises UsageError."""
     from llama_hpc.errors import UsageError
     from llama_hpc.grid import GridShape
     sizes = (args.data, args.pipeline, args.tensor)
@@ -43,10 +43,11 @@ def grid_shape(args: argparse.Namespace, ranks: int):
             raise UsageError("give --grid, or --data, --pipeline and --tensor, not both")
         # A missing --data takes the ranks that are left.
         pipeline, tensor = args.pipeline or 1, args.tensor or 1
-        shape = GridShape(args.data or max(1, ranks // (pipeline * tensor)), pipeline, tensor)
+        shape = GridShape(args.data or max(1, (ranks or 1) // (pipeline * tensor)), pipeline, tensor)
     elif args.grid is None or args.grid.strip().lower() == "auto":
         return None
     else:
         shape = GridShape.parse(args.grid)
-    shape.check_size(ranks)
+    if ranks is not None:
+        shape.check_size(ranks)
     return shape

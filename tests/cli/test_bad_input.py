@@ -1,0 +1,182 @@
+"""Bad input of every kind: one line of ours over all ranks, the exit code of its kind, nothing left behind, no hang."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from damaged_models import Models
+
+LIMIT = 20                      # seconds that any of these may take
+GOOD = b'{"id": "a", "token_ids": [1, 2, 3], "max_tokens": 4}\n'
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is wrong, the exit code, and what the line must say; ``{n}`` stands for the number of ranks."""
+
+    code: int
+    texts: tuple[str, ...]
+    model: str = "small"
+    prompts: bytes = GOOD
+    options: str = ""
+    file: str = "prompts.jsonl"
+    output: str = "out.h5"
+    # Where the texts differ: those of one rank.
+    alone: tuple[str, ...] | None = None
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+def bad(*texts, **more):
+    return Case(1, texts, **more)
+
+
+def usage(*texts, **more):
+    return Case(2, texts, **more)
+
+
+def entry(text):
+    """A good prompt, then one with these fields."""
+    return GOOD + b'{"id": "b", ' + text.encode() + b"}\n"
+
+
+CHECKPOINTS = {
+    "missing folder": usage("models", "absent", "does not exist", "smollm2", model="absent"),
+    "missing GGUF file": usage("absent_gguf.gguf", "does not exist", model="absent_gguf"),
+    "no config.json": bad("no_config", "no config.json", model="no_config"),
+    "config.json damaged": bad("config.json", "not valid JSON", model="config_not_json"),
+    "no weights": bad("no_weights", "neither model.safetensors nor", model="no_weights"),
+    "missing shard": bad("1 of 3 shards are missing", "model-00002-of-00003.safetensors", model="no_shard"),
+    "truncated safetensors": bad("model.safetensors: truncated: tensor", "ends at byte", model="truncated"),
+    "truncated header": bad("model.safetensors: truncated", "file of 100", model="truncated_header"),
+    "truncated GGUF": bad("gguf_truncated.gguf", "truncated", model="gguf_truncated"),
+    "truncated GGUF header": bad("header goes beyond the file's 1000 bytes", model="gguf_truncated_header"),
+    "not GGUF": bad("not a GGUF file", model="gguf_not_one"),
+    "unknown architecture": bad("FalconForCausalLM is not supported", "LlamaForCausalLM", model="unknown_architecture"),
+    "unknown GGUF architecture": bad("gptjx is not supported", "llama", model="gguf_unknown_architecture"),
+    "unknown tensor type": bad("has the type F64, supported are F32, F16, BF16", model="unknown_type"),
+    "unknown GGUF tensor type": bad("blk.1.ffn_gate.weight has the type number 99", model="gguf_unknown_type"),
+    "contradicting shape": bad("mlp.gate_proj.weight has shape [128, 64], expected [160, 64]", model="contradiction"),
+    "contradicting GGUF shape": bad("has shape [128, 64], expected [160, 64]", model="gguf_contradiction"),
+    "missing layer": bad("missing tensors model.layers.3.", model="missing_layer"),
+}
+
+PROMPTS = {
+    "missing file": usage("cannot read the prompts file nowhere.jsonl: No such file", options="--prompts nowhere.jsonl"),
+    "unknown kind of file": usage("must end in .jsonl", file="prompts.csv"),
+    "no prompts": usage("the file holds no prompts", prompts=b"\n\n"),
+    "invalid JSON": usage("prompts.jsonl, line 2: invalid JSON", "column", prompts=GOOD + b'{"id": "b", "token_ids": [1\n'),
+    "not an object": usage("line 2: each line must be one JSON object, got [1, 2]", prompts=GOOD + b"[1, 2]\n"),
+    "not UTF-8": usage("line 2: not UTF-8 (byte 0xff)", prompts=entry('"prompt": "hi"').replace(b"hi", b"h\xff")),
+    "text not UTF-8": usage("line 2: not UTF-8 (byte 0xe9)", prompts=b"one\ncaf\xe9\n", file="prompts.txt"),
+    "damaged HDF5": usage("prompts.h5: not an HDF5 file", file="prompts.h5"),
+    "duplicate id": usage("line 2: id 'a' is already used by line 1", prompts=GOOD + GOOD),
+    "id is a number": usage("line 2: id must be a string, got 7", prompts=entry('"id": 7, "token_ids": [1]')),
+    "misspelt setting": usage("line 2:", "temprature", prompts=entry('"token_ids": [1], "temprature": 1')),
+    "two kinds of prompt": usage("line 2: give exactly one of", prompts=entry('"token_ids": [1], "prompt": "x"')),
+    "empty prompt": usage("line 2: the prompt is empty", prompts=entry('"prompt": ""')),
+    "empty token ids": usage("line 2: token_ids must be a list of at least one", prompts=entry('"token_ids": []')),
+    "negative token id": usage("line 2: token_ids[1] must be an integer from 0", "got -1", prompts=entry('"token_ids": [1, -1]')),
+    "token id outside": usage("'b': token id 320 at position 1 is outside the vocabulary (0 to 319)",
+                              prompts=entry('"token_ids": [1, 320]')),
+    "stop token outside": usage("'b': stop token id 320 is outside the vocabulary (0 to 319)",
+                                prompts=entry('"token_ids": [1], "stop_token_ids": [2, 320]')),
+    "negative temperature": usage("line 2: temperature must be", "got -1", prompts=entry('"token_ids": [1], "temperature": -1')),
+    "NaN temperature": usage("line 2: temperature must be", "got nan", prompts=entry('"token_ids": [1], "temperature": NaN')),
+    "top-p of 0": usage("line 2: top_p must be", "at most 1, got 0", prompts=entry('"token_ids": [1], "top_p": 0')),
+    "negative top-k": usage("line 2: top_k must be", "got -5", prompts=entry('"token_ids": [1], "sampling": {"top_k": -5}')),
+    "max tokens of 0": usage("line 2: max_tokens must be", "got 0", prompts=entry('"token_ids": [1], "max_tokens": 0')),
+    "longer than the context": usage("'b': the prompt has 256 tokens, but a context of 256 holds at most 255",
+                                     prompts=entry('"token_ids": [' + ", ".join(["7"] * 256) + "]")),
+    "longer than allowed": usage("'a': the prompt has 3 tokens, but a context of 3 holds at most 2", options="--max-seq-len 3"),
+    "text without tokenizer": usage("'b': the model has no tokenizer", prompts=entry('"prompt": "hello"')),
+    "stop without tokenizer": usage("'b': the model has no tokenizer", "stop", prompts=entry('"token_ids": [1], "stop": "x"')),
+    "messages without template": usage("'b'", "chat template", model="text",
+                                       prompts=entry('"messages": [{"role": "user", "content": "hello"}]')),
+}
+
+OPTIONS = {
+    "unknown option": usage("unrecognized arguments: --wings", options="--wings"),
+    "unknown weights": usage("invalid choice: 'q1'", "q3_5", options="--weights q1"),
+    "no number": usage("--temperature must be a number, got 'hot'", options="--temperature hot"),
+    "negative temperature": usage("temperature must be", "got -0.5", options="--temperature=-0.5"),
+    "NaN temperature": usage("temperature must be", "got nan", options="--temperature nan"),
+    "top-p above 1": usage("top_p must be", "got 1.5", options="--top-p 1.5"),
+    "negative top-k": usage("top_k must be", "got -1", options="--top-k -1"),
+    "negative seed": usage("seed must be", "got -1", options="--seed -1"),
+    "max tokens of 0": usage("max_tokens must be", "got 0", options="--max-tokens 0"),
+    "stop without tokenizer": usage("'a': the model has no tokenizer", "stop", options="--stop x"),
+    "no threads": usage("--threads", "from 1 to 4096", options="--threads 0"),
+    "beyond the context": usage("--max-seq-len 257", "context of 256", options="--max-seq-len 257"),
+    "dynamic RoPE": usage("203 positions", "dynamic RoPE", "--max-seq-len 128", model="two_layers_dynamic",
+                          prompts=b'{"token_ids": [1, 2, 3], "max_tokens": 200}\n'),
+}
+
+GRIDS = {
+    "malformed": usage("--grid '2x2' is not DxPxT", options="--grid 2x2"),
+    "zero": usage("pipeline dimension is 0", options="--grid 1x0x1"),
+    "given twice": usage("not both", options="--grid 1x1x1 --tensor 2"),
+    "other size": usage("grid 2x2x2 needs 2 x 2 x 2 = 8 ranks, but the job has {n}", options="--grid 2x2x2"),
+    "too many tensor ranks": usage("tensor dimension is 3", "2 query heads", "at most 2", model="two_heads",
+                                   options="--grid 1x1x3", alone=("= 3 ranks, but the job has 1",)),
+    "too many stages": usage("pipeline dimension is 3", "2 layers", "at most 2", model="two_layers_dynamic",
+                             options="--grid 1x3x1", alone=("= 3 ranks, but the job has 1",)),
+}
+
+OUTPUTS = {
+    "exists": usage("prompts.jsonl exists", "--overwrite", output="prompts.jsonl"),
+    "folder": usage("is a folder", output="."),
+    "missing folder": bad("output folder", "nowhere does not exist", output="nowhere/out.h5"),
+    "folder is a file": bad("prompts.jsonl", "not a folder", output="prompts.jsonl/out.h5"),
+    "not writable": bad("cannot write to the output folder /sys", output="/sys/out.h5"),
+}
+
+NUMBERS = {
+    f"{name} {weights}": bad(*texts, model=model, options=f"--weights {weights} --grid {grid}")
+    for name, model, grid, formats, texts in [
+        ("NaN in gate", "nan_column_parallel", "1x1x{n}", "f32 q3_5", ("NaN", "layers.1.gate, row 2047")),
+        ("NaN in down", "nan_row_parallel", "1x1x{n}", "f32 q8 q3_5", ("NaN", "layers.1.down, row 95")),
+        ("NaN in o", "nan_attention_output", "1x1x{n}", "q8 q3_5", ("NaN", "layers.1.o, row 95")),
+        ("NaN in the embedding", "nan_embedding", "1x{n}x1", "q8", ("NaN", "embedding, row 63")),
+        ("NaN in a norm", "nan_norm", "1x{n}x1", "f32", ("NaN", "layers.2.attention_norm")),
+        ("infinite head", "infinite_head", "{n}x1x1", "q8", ("infinity", "head, row 63")),
+        ("out of range", "large", "1x1x{n}", "f32 q8 q3_5", ("layer 1, v", "range of exact sums", "--weights")),
+        ("out of range in a stage", "large", "1x{n}x1", "q8", ("layer 1, v", "range of exact sums")),
+        ("out of range in a replica", "large", "{n}x1x1", "q8", ("layer 1, v", "range of exact sums")),
+        ("beyond the format", "huge", "1x1x{n}", "f32 q8 q3_5", ("v",)),
+    ]
+    for weights in formats.split()
+}
+
+CASES = {f"{group}: {name}": case for group, cases in [
+    ("checkpoint", CHECKPOINTS), ("prompts", PROMPTS), ("options", OPTIONS), ("grid", GRIDS), ("output", OUTPUTS),
+    ("numbers", NUMBERS)] for name, case in cases.items()}  # fmt: skip
+
+
+def ours(job):
+    return [line for line in (job.stdout + "\n" + job.stderr).splitlines() if "llama-hpc:" in line]
+
+
+def contents(folder: Path):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_nothing_left(mpirun, models, tmp_path, name, n):
+    case = CASES[name]
+    (tmp_path / case.file).write_bytes(case.prompts)
+    before = contents(tmp_path)
+    # The last --prompts counts.
+    job = mpirun(n, ["-m", "llama_hpc", "run", models[case.model], "--prompts", case.file, "--output", case.output,
+                     *case.options.replace("{n}", str(n)).split()], timeout=LIMIT, cwd=tmp_path)  # fmt: skip
+    lines = ours(job)
+    assert len(lines) == 1 and lines[0].startswith("llama-hpc: error: "), job.stdout + job.stderr
+    for text in case.alone if n == 1 and case.alone else case.texts:
+        assert text.replace("{n}", str(n)) in lines[0]
+    assert job.returncode == case.code
+    assert "Traceback" not in job.stderr
+    assert contents(tmp_path) == before

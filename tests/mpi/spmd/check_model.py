@@ -1,0 +1,102 @@
+"""A model cut for the ranks of this job computes the bits of the whole model on one rank."""
+
+import numpy as np
+import pytest
+from models import FORMATS, MODELS, GridModel, batch_of, factorisations, fits
+from mpi4py import MPI
+
+from llama_hpc.weights.checkpoint import open_checkpoint
+
+
+def grids(comm, folder):
+    """(stages, tensor ranks) of every grid of one replica that fits the model."""
+    config = open_checkpoint(folder).config
+    return [(s.pipeline, s.tensor) for s in factorisations(comm.size) if s.data == 1 and fits(config, s)]
+
+
+def steps(vocab_size):
+    """Two sequences: a prompt in two chunks beside a shorter one, then three tokens one by one."""
+    first, second = (np.arange(n) * step % vocab_size for n, step in ((19, 37), (5, 101)))
+    yield batch_of([(0, 0, first[:12])])
+    yield batch_of([(1, 0, second), (0, 12, first[12:])])
+    for i in range(3):
+        yield batch_of([(0, 19 + i, np.array([7 * i])), (1, 5 + i, np.array([vocab_size - 1 - i]))])
+
+
+def bits(x):
+    return np.ascontiguousarray(x).view(np.uint32)
+
+
+@pytest.mark.parametrize("weights_format", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_on_every_grid(comm, checkpoints, name, weights_format):
+    expected = None
+    if comm.rank == 0:
+        alone = GridModel(checkpoints / name, weights_format, MPI.COMM_SELF, 1, 1, sequences=2)
+        expected = [alone.forward(batch) for batch in steps(alone.config.vocab_size)]
+        assert alone.stage.reducer.calls == 0
+    expected = comm.bcast(expected)
+    for pipeline, tensor in grids(comm, checkpoints / name):
+        model = GridModel(checkpoints / name, weights_format, comm, pipeline, tensor, sequences=2)
+        rows = 0
+        for batch, logits in zip(steps(model.config.vocab_size), expected, strict=True):
+            found = model.forward(batch)
+            rows += batch.rows
+            if model.grid.is_leader:
+                assert np.array_equal(bits(found), bits(logits)), (pipeline, tensor)
+        model.channel.finish()
+        # The embedding is joined once a step, and attention and MLP of every layer end with one sum.
+        stage = model.stage.stage
+        reductions = len(expected) * (2 * len(stage.layers) + stage.first)
+        assert model.stage.reducer.calls == (reductions if tensor > 1 else 0)
+        sent = 4 * (rows * model.config.hidden_size + 2 * len(expected))
+        assert model.channel.bytes_sent == (0 if stage.last else sent)
+
+
+@pytest.mark.parametrize("weights_format", FORMATS)
+@pytest.mark.parametrize("name", ["smollm", "llama_odd", "llama_biases"])
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_one_part_of_a_layer(comm, checkpoints, name, weights_format, part):
+    """ParallelAttention or ParallelMLP alone, on a residual of all sizes, over all ranks as one tensor group."""
+    config = open_checkpoint(checkpoints / name).config
+    if comm.size > config.num_heads:
+        pytest.skip("more ranks than query heads")
+    rng, batch = np.random.default_rng(3), batch_of([(0, 0, np.arange(11)), (1, 0, np.arange(4))])
+    residual = rng.standard_normal((batch.rows, config.hidden_size)).astype(np.float32) * np.float32(50)
+    def result(comm, tensor):
+        stage = GridModel(checkpoints / name, weights_format, comm, 1, tensor, sequences=2).stage
+        layer = stage.layers[1]
+        stage.residual[: batch.rows] = residual
+        stage.buffers.norm(layer.weights.mlp_norm, batch.rows, "mlp_norm", 1)
+        getattr(layer, part).forward(batch)
+        assert stage.faults.code == 0
+        assert stage.reducer.calls == (tensor > 1)
+        return stage.residual[: batch.rows].copy()
+    expected = comm.bcast(result(MPI.COMM_SELF, 1) if comm.rank == 0 else None)
+    assert not np.array_equal(expected, residual)
+    assert np.array_equal(bits(result(comm, comm.size)), bits(expected))
+
+
+def test_threads_do_not_matter(comm, checkpoints):
+    """Two threads on every rank, against one on one rank."""
+    expected = None
+    batch = batch_of([(0, 0, np.arange(40))])
+    if comm.rank == 0:
+        expected = GridModel(checkpoints / "deep", "q8", MPI.COMM_SELF, 1, 1).forward(batch)
+    expected = comm.bcast(expected)
+    model = GridModel(checkpoints / "deep", "q8", comm, 1, comm.size, threads=2)
+    found = model.forward(batch)
+    assert found is None or np.array_equal(bits(found), bits(expected))
+
+
+def test_a_fault_on_one_tensor_rank_reaches_the_leader(comm, checkpoints):
+    """A value beyond the range of exact sums, in the vocabulary rows of the last rank only."""
+    model = GridModel(checkpoints / "llama_odd", "f32", comm, 1, comm.size)
+    if comm.rank == comm.size - 1:
+        model.stage.weights.head.weights.values[:] = 1e30
+    model.stage.forward(batch_of([(0, 0, np.arange(3))]))
+    assert (model.stage.faults.code != 0) == (comm.rank == comm.size - 1)
+    _, fault = model.gather(3)
+    assert not model.grid.is_leader or fault == comm.bcast(model.stage.faults.code, comm.size - 1)
+    if not model.grid.is_leader:
+        comm.bcast(model.stage.faults.code, comm.size - 1)

@@ -1,0 +1,79 @@
+"""Small checkpoints for the SPMD tests, and models of them cut for any grid."""
+
+from pathlib import Path
+
+import numpy as np
+from reference_models import write_checkpoint, write_random_llama
+
+from llama_hpc.comm.pipeline import StageChannel
+from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.engine.replica import LogitsGather
+from llama_hpc.grid import Grid, GridShape
+from llama_hpc.model.shares import TensorShare, stage_shares
+from llama_hpc.model.transformer import Batch, TransformerStage
+from llama_hpc.weights.checkpoint import open_checkpoint
+from llama_hpc.weights.loader import load_stage
+
+# Eight layers for eight stages; 9 query heads over 3 KV heads straddle them; 4 FFN blocks leave ranks without one.
+DEEP = {"hidden": 72, "ffn": 100, "layers": 8, "heads": 9, "kv_heads": 3, "vocab": 515}
+# smollm: tied, bfloat16; llama_odd: FFN 172, vocabulary 515, three files; llama_biases: a bias on every projection.
+REFERENCE_CASES = ("smollm", "llama_odd", "llama_biases", "qwen3", "mistral_window")
+MODELS = ("deep", *REFERENCE_CASES)
+FORMATS = ("f32", "q8", "q3_5")
+
+
+def write_models(folder: Path) -> Path:
+    """Writes all of `MODELS`, each a folder of its name."""
+    for name in REFERENCE_CASES:
+        write_checkpoint(name, folder / name)
+    write_random_llama(folder / "deep", **DEEP, seed=7)
+    return folder
+
+
+def factorisations(n: int) -> list[GridShape]:
+    """Every grid of n ranks."""
+    return [GridShape(d, p, n // d // p) for d in range(1, n + 1) if n % d == 0 for p in range(1, n // d + 1) if n // d % p == 0]
+
+
+def fits(config, shape: GridShape) -> bool:
+    return shape.tensor <= config.num_heads and shape.pipeline <= config.num_layers
+
+
+class GridModel:
+    """One replica of a model on all ranks of ``comm``: the logits of whole batches, on the leader."""
+
+    def __init__(self, folder: Path, weights_format: str, comm, pipeline: int, tensor: int, *, sequences=1,
+                 max_rows=64, threads=1, hashes=None):
+        checkpoint = open_checkpoint(folder)
+        self.config = checkpoint.config
+        self.grid = Grid.create(comm, GridShape(1, pipeline, tensor))
+        share = TensorShare.of(self.config, tensor, self.grid.tensor_index)
+        part = stage_shares(self.config, pipeline)[self.grid.stage]
+        reducer = TensorReducer(self.grid.tensor_comm)
+        weights = load_stage(checkpoint, weights_format, part, share, reducer, self.grid.stage_comm, threads=threads,
+                             hashes=hashes)
+        self.stage = TransformerStage(self.config, part, share, weights, reducer, sequences=sequences, max_seq_len=64,
+                                      max_rows=max_rows, max_outputs=max_rows, threads=threads)
+        self.channel = StageChannel(self.grid.pipeline_comm, 1, max_rows, self.config.hidden_size)
+        self.gather = LogitsGather(self.grid.tensor_comm, self.stage) if self.grid.last_stage else None
+
+    def forward(self, batch: Batch) -> np.ndarray | None:
+        """float32 [outputs, vocab_size] on the leader, None elsewhere. Collective."""
+        stage = self.stage
+        stage.faults.merge(self.channel.receive(0, stage.residual, batch.rows))
+        stage.forward(batch)
+        self.channel.send(0, stage.residual, batch.rows, stage.faults.code)
+        assert stage.faults.code == 0
+        if self.gather is None:
+            return None
+        logits, fault = self.gather(len(batch.outputs))
+        assert fault == 0
+        return logits.copy() if self.grid.is_leader else None
+
+
+def batch_of(pieces: list[tuple[int, int, np.ndarray]]) -> Batch:
+    """A batch of (sequence, position of the first token, token ids) with logits after every token."""
+    tokens = np.concatenate([ids for _, _, ids in pieces]).astype(np.int32)
+    sequences = np.concatenate([np.full(len(ids), sequence) for sequence, _, ids in pieces]).astype(np.int32)
+    positions = np.concatenate([np.arange(start, start + len(ids)) for _, start, ids in pieces]).astype(np.int32)
+    return Batch(len(tokens), tokens, sequences, positions, np.arange(len(tokens)))

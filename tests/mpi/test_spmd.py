@@ -1,0 +1,45 @@
+"""Runs the SPMD tests (spmd/check_*.py) under mpirun, every rank in step."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SPMD = Path(__file__).parent / "spmd"
+RUN = SPMD / "run.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    sys.path.insert(0, str(SPMD))
+    from models import write_models
+    return write_models(tmp_path_factory.mktemp("spmd"))
+
+
+def check(job):
+    assert job.returncode == 0, f"{job.stdout}\n{job.stderr}"
+    assert " passed" in job.stdout and "skipped" not in job.stderr
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 8])
+def test_open_mpi(mpirun, checkpoints, n):
+    check(mpirun(n, [RUN, checkpoints], timeout=180))
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_mpich(mpirun, checkpoints, n):
+    check(mpirun(n, [RUN, checkpoints], mpi="mpich", timeout=180))
+
+
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+def test_a_failure_on_one_rank_ends_the_job(mpirun, tmp_path, mpi):
+    """What the harness promises: no rank waits, one report, of the rank where it happened."""
+    test = tmp_path / "check_alone.py"
+    test.write_text("def test_alone(comm):\n    assert comm.rank != 1, 'broken here'\n    comm.Barrier()\n")
+    start = time.monotonic()
+    job = mpirun(3, [RUN, tmp_path, test], mpi=mpi, timeout=60)
+    assert job.returncode != 0
+    assert time.monotonic() - start < 40
+    assert "rank 1 of 3" in job.stderr and "broken here" in job.stderr
+    assert job.stderr.count("test_alone failed") == 1
