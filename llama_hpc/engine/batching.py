@@ -20,6 +20,7 @@ class MicroBatch:
         self._cached = [0] * slots          # positions in the KV cache
         self._last = [NONE] * slots         # the token sampled last, not yet in the cache
         self._tokens, self._sequences, self._positions = (np.zeros(max_rows, np.int32) for _ in range(3))
+        self._outputs = np.zeros(slots, np.intp)
 
     @property
     def active(self) -> bool:
@@ -42,14 +43,13 @@ class MicroBatch:
         """
         decoding = sum(self._last[s] != NONE for s in range(self.slots) if self.request[s] != NONE)
         left = self.max_rows - decoding
-        row, outputs, slots = 0, [], []
+        row, slots = 0, []
         for slot, request in enumerate(self.request):
             if request == NONE:
                 continue
             cached = self._cached[slot]
             if self._last[slot] != NONE:
-                tokens, complete = self._last[slot], True
-                count = 1
+                tokens, count, complete = self._last[slot], 1, True
             else:
                 prompt = self.prompts(request)
                 count = min(len(prompt) - cached, self.prefill_chunk, left)
@@ -64,6 +64,6 @@ class MicroBatch:
             self._cached[slot] += count
             row += count
             if complete:
-                outputs.append(row - 1)
+                self._outputs[len(slots)] = row - 1
                 slots.append(slot)
-        return Batch(row, self._tokens, self._sequences, self._positions, np.array(outputs, np.intp)), slots
+        return Batch(row, self._tokens, self._sequences, self._positions, self._outputs[: len(slots)]), slots

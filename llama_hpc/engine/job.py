@@ -77,7 +77,8 @@ class Job:
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
         with agreed(self.comm, "choosing the grid"):
             shape = self.asked_shape or auto_grid(
-                checkpoint.config, self.args.weights, self.comm.size, per_node, memory, len(ready), self.args.max_seqs, longest(ready))
+                checkpoint.config, self.args.weights, self.comm.size, per_node, memory, len(ready), self.args.max_seqs,
+                longest(ready))
             check_grid(checkpoint.config, shape)
         return shape
 
@@ -139,7 +140,7 @@ class Job:
         start = time.monotonic()
         with Progress(len(ready), "prompts", "answering", show=self.first) as progress:
             watch = _Watch(counters, progress) if self.first else None
-            replica = Replica(grid, stage, ready, plan, counters, eos, decode if tokenizer else None, start, watch or (lambda: None))
+            replica = Replica(grid, stage, ready, plan, counters, eos, decode if tokenizer else None, start, watch)
             outputs = replica.run()
             if watch:
                 watch.until(len(ready))
@@ -147,7 +148,8 @@ class Job:
         seconds = time.monotonic() - start
         if self.first:
             tokens = counters.read(TOKENS)
-            _LOG.info("%d prompts answered with %d tokens in %.2f s: %.1f tokens/s", len(ready), tokens, seconds, tokens / seconds)
+            _LOG.info("%d prompts answered with %d tokens in %.2f s: %.1f tokens/s",
+                      len(ready), tokens, seconds, tokens / seconds)
         counters.free()
         return outputs, seconds
 

@@ -57,8 +57,8 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
                 return shape
             smallest = min(smallest or need, need)
     if smallest is None:
-        raise UsageError(f"no grid of {ranks} ranks fits this model of {config.num_heads} query heads and {config.num_layers} layers; "
-                         "use fewer ranks")
+        raise UsageError(f"no grid of {ranks} ranks fits this model of {config.num_heads} query heads and {config.num_layers} "
+                         "layers; use fewer ranks")
     raise UsageError(
-        f"the model and its cache need {smallest / 2**30:.1f} GiB on a rank even when cut over all {ranks} ranks, but a rank may use "
-        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --max-seqs or --max-seq-len")
+        f"the model and its cache need {smallest / 2**30:.1f} GiB on a rank even when cut over all {ranks} ranks, but a rank may "
+        f"use {max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --max-seqs or --max-seq-len")

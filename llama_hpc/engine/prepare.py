@@ -30,7 +30,7 @@ def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len
 
 def _tokens(request: Request, tokenizer) -> tuple[list[int], str | None]:
     if tokenizer is None and (request.token_ids is None or request.params.stop):
-        raise UsageError(f"request {request.id!r}: the model has no tokenizer, so only token_ids can be given, and no stop strings")
+        raise UsageError(f"request {request.id!r}: the model has no tokenizer, so give token_ids, and no stop strings")
     if request.token_ids is not None:
         return request.token_ids, None
     if request.messages is not None:

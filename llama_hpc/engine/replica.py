@@ -7,7 +7,7 @@ import numpy as np
 from mpi4py import MPI
 
 from llama_hpc.comm.counter import SharedCounters
-from llama_hpc.comm.outcomes import NONE, OutcomeBroadcast
+from llama_hpc.comm.outcomes import OutcomeBroadcast
 from llama_hpc.comm.pipeline import StageChannel
 from llama_hpc.engine.answers import Answer, ReadyRequest, Sampler
 from llama_hpc.engine.batching import MicroBatch
@@ -53,9 +53,9 @@ class Replica:
     """
 
     def __init__(self, grid: Grid, stage: TransformerStage, requests: list[ReadyRequest], plan: BatchPlan,
-                 counters: SharedCounters, eos_ids: frozenset[int], decode, origin: float, tick=lambda: None):
+                 counters: SharedCounters, eos_ids: frozenset[int], decode, origin: float, tick=None):
         self.grid, self.stage, self.requests, self.counters = grid, stage, requests, counters
-        self.eos_ids, self.decode, self.origin, self.tick = eos_ids, decode, origin, tick
+        self.eos_ids, self.decode, self.origin, self.tick = eos_ids, decode, origin, tick or (lambda: None)
         def prompt(index: int) -> np.ndarray:
             return requests[index].prompt
         self.micro_batches = [MicroBatch(m * plan.slots, plan.slots, prompt, plan.prefill_chunk, plan.max_rows)
@@ -146,7 +146,7 @@ class Replica:
 
 
 class LogitsGather:
-    """Whole rows of logits, and the fault code, on tensor rank 0 of the last stage. Calls are collective over its tensor group."""
+    """Whole rows of logits, and the fault code, on tensor rank 0 of the last stage. Collective over its tensor group."""
 
     def __init__(self, comm: MPI.Comm, stage: TransformerStage):
         self.comm, self.stage = comm, stage

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class RopeConfig:
     """Rotary embedding: ``kind`` is ``default``, ``linear``, ``dynamic``, ``yarn`` or ``llama3``.
 
-    ``theta`` is the base. ``factor`` stretches the context; the other fields belong to the kinds of the same
-    name in the Hugging Face ``rope_scaling`` dictionary (``None``: that kind's default). ``factors`` divides each inverse frequency (the tensor
-    ``rope_freqs.weight`` of GGUF files), length rotary_dim / 2.
+    ``theta`` is the base. ``factor`` stretches the context; the other fields have the names and meanings of the Hugging
+    Face ``rope_scaling`` dictionary (``None``: that kind's default). ``factors`` divides each of the head_dim / 2 inverse
+    frequencies (the tensor ``rope_freqs.weight`` of GGUF files).
     """
 
     theta: float = 10000.0

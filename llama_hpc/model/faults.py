@@ -33,4 +33,4 @@ def error_of(code: int) -> NumericsError:
     place = tensor if tensor in _NO_LAYER else f"layer {code >> 16}, {tensor}"
     reason = ("NaN or infinity" if code & 0xFF == NOT_FINITE
               else "a value beyond the range of exact sums (block sums below 2**19, outputs below 2**20, KV within float16)")
-    return NumericsError(f"{place}: {reason}; the weights may be damaged, or another --weights format may keep the model in range")
+    return NumericsError(f"{place}: {reason}; the weights may be damaged, or need another --weights format")

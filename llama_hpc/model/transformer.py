@@ -7,7 +7,7 @@ import numpy as np
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.cpu import attention as attention_kernel
 from llama_hpc.kernels.cpu import elementwise
-from llama_hpc.kernels.cpu.matmul import LANES, IntegerWeights, tiles
+from llama_hpc.kernels.cpu.matmul import LANES, IntegerWeights
 from llama_hpc.kernels.numerics import BLOCK, down_block
 from llama_hpc.model import rope
 from llama_hpc.model.config import ModelConfig
@@ -108,7 +108,7 @@ class TransformerStage:
         self.logits = np.zeros((max_outputs if stage.last else 0, len(share.vocabulary)), np.float32)
         if stage.last:
             self._selected = Activation(np.zeros((max_outputs, config.hidden_size), np.float32), BLOCK, weights.quantized)
-            self._head = ColumnParallelLinear("head", 0, weights.head, max_outputs, threads, self.buffers.faults, self.buffers.sums)
+            self._head = ColumnParallelLinear("head", 0, weights.head, max_outputs, threads, self.faults, self.buffers.sums)
 
     @property
     def residual(self) -> np.ndarray:
@@ -145,11 +145,3 @@ class TransformerStage:
                                     self._selected.values, count)
         b.faults.note(norm or self._selected.prepare(count), "final_norm")
         self._head.forward(self._selected, self.logits, count)
-
-
-def buffer_bytes(config: ModelConfig, share: TensorShare, max_rows: int, max_outputs: int) -> int:
-    """About what ``Buffers`` and the logits take, in bytes, for planning."""
-    heads, kv_heads, ffn = len(share.query_heads), len(share.kv_heads), len(share.ffn)
-    floats = max_rows * (4 * config.hidden_size + config.head_dim * (3 * heads + 3 * kv_heads) + 3 * ffn)
-    widest = max(max_rows * max(config.hidden_size, heads * config.head_dim, ffn), max_outputs * tiles(len(share.vocabulary)) * LANES)
-    return 4 * (floats + max_outputs * len(share.vocabulary)) + 8 * widest

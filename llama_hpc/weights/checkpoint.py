@@ -151,6 +151,8 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _check_config(config: ModelConfig, where: Path) -> None:
     if config.num_heads % config.kv_heads:
         raise CheckpointError(f"{where}: {config.num_heads} query heads cannot share {config.kv_heads} KV heads evenly")
+    if config.head_dim > 256:
+        raise CheckpointError(f"{where}: head_dim {config.head_dim} is not supported, 256 is the largest")
     if config.head_dim % 2:
         raise CheckpointError(f"{where}: head_dim {config.head_dim} is odd, rotary embedding needs pairs")
 
