@@ -30,10 +30,11 @@ __all__ = ["attention", "exp", "finish", "finish_add", "float_embedding", "half_
            "quantize_rows", "rms_norm", "rope", "sigmoid", "silu_multiply", "store", "to_half", "weigh"]
 
 LANES = 16                      # rows of weights that lie interleaved
+_QUIET = np.errstate(all="ignore")      # infinities and NaN are told by the status
 
 
 def to_fixed(values):
-    """float32 to int64 multiples of 2**-32; whether each is within the range of a block value, else it counts as zero."""
+    """float32 to int64 multiples of 2**-32, and whether each is within a block value's range; others become zero."""
     within = np.abs(values) < BLOCK_LIMIT
     return np.rint(np.where(within, values, np.float32(0)) * FIXED).astype(np.int64), within
 
@@ -43,15 +44,15 @@ def from_fixed(total):
     return (total.astype(np.float64) * UNFIXED).astype(np.float32)
 
 
+@_QUIET
 def matmul(x, x_scales, weights, sums, rows: int, threads: int = 1) -> int:
     """sums[m, n] = sum over reduction blocks of rint(block value * 2**32): see ``cpu.matmul``."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        chains = _integer_chains if hasattr(weights, "factors") else _float_chains
-        sums[:rows], status = 0, OK
-        for chain in chains(x[:rows], x_scales[:rows], weights, sums.shape[1]):
-            fixed, within = to_fixed(chain * weights.row_scales)
-            sums[:rows] += fixed
-            status = status if within.all() else OUT_OF_RANGE
+    chains = _integer_chains if hasattr(weights, "factors") else _float_chains
+    sums[:rows], status = 0, OK
+    for chain in chains(x[:rows], x_scales[:rows], weights, sums.shape[1]):
+        fixed, within = to_fixed(chain * weights.row_scales)
+        sums[:rows] += fixed
+        status = status if within.all() else OUT_OF_RANGE
     return status
 
 
@@ -92,7 +93,9 @@ def store(keys, values, key_pool, value_pool, pages, sequences, positions, rows:
     return OK
 
 
-def attention(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window: int, scale, out, work, rows: int) -> int:
+@_QUIET
+def attention(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window: int, scale, out, work,
+              rows: int) -> int:
     """out[r, h] = softmax(q[r, h] · keys * scale) values over the positions visible to row r: see ``cpu.attention``."""
     heads, head_dim, status = len(kv_of_head), key_pool.shape[2], OK
     for r in range(rows):
@@ -125,9 +128,8 @@ def _attention_block(q, keys, values, scale):
         scores = fma(q[:, d], keys[:, :, d], scores)
     scores = scores * scale
     maximum = scores.max(axis=0)
-    with np.errstate(invalid="ignore"):
-        weights = exp(scores - maximum)
-        total = from_fixed(np.rint(weights * FIXED).astype(np.int64).sum(axis=0))
+    weights = exp(scores - maximum)
+    total = from_fixed(np.rint(weights * FIXED).astype(np.int64).sum(axis=0))
     weighted = np.zeros(q.shape, np.float32)
     for weight, value in zip(weights, values, strict=True):
         weighted = fma(weight[:, None], value, weighted)
@@ -136,13 +138,13 @@ def _attention_block(q, keys, values, scale):
 
 def _merge(maxima, totals, weighted):
     """Attention [heads, head_dim] from its blocks, stacked along the first axis, and whether it stayed in range."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        weights = exp(maxima - maxima.max(axis=0))
-        divisor = from_fixed(np.rint(totals * weights * FIXED).astype(np.int64).sum(axis=0))
-        fixed, within = to_fixed(weighted * weights[:, :, None])
-        return from_fixed(fixed.sum(axis=0)) / divisor[:, None], within.all()
+    weights = exp(maxima - maxima.max(axis=0))
+    divisor = from_fixed(np.rint(totals * weights * FIXED).astype(np.int64).sum(axis=0))
+    fixed, within = to_fixed(weighted * weights[:, :, None])
+    return from_fixed(fixed.sum(axis=0)) / divisor[:, None], within.all()
 
 
+@_QUIET
 def rms_norm(x, weight, eps, out, rows: int) -> int:
     """out[r] = x[r] / sqrt(mean(x[r]²) + eps) * weight for float32 [rows, n]: see ``cpu.elementwise``."""
     for r in range(rows):
@@ -154,13 +156,12 @@ def rms_norm(x, weight, eps, out, rows: int) -> int:
         scaled = row * (np.float32(1) / unit)
         total = np.rint(scaled * scaled * FIXED).astype(np.int64).sum()
         mean = np.float64(total) * UNFIXED / len(row) * (np.float64(unit) * np.float64(unit)) + eps
-        with np.errstate(divide="ignore", invalid="ignore"):
-            out[r] = row * np.float32(1.0 / np.sqrt(mean)) * weight
+        out[r] = row * np.float32(1.0 / np.sqrt(mean)) * weight
     return OK
 
 
 def quantize_rows(x, block: int, out, scales, rows: int) -> int:
-    """Per row and group of 32 k: out = rint(x * (127 / amax)) as whole float32, scale = amax / 127: see ``cpu.elementwise``."""
+    """Per row and group of 32 k: out = rint(x * (127 / amax)), scale = amax / 127: see ``cpu.elementwise``."""
     groups = Blocks(x.shape[1], block).pad(x[:rows])
     amax = np.abs(groups).max(axis=2)
     if not np.isfinite(amax).all():
@@ -205,10 +206,10 @@ def rope(x, cosines, sines, positions, rows: int) -> int:
     return OK
 
 
+@_QUIET
 def half_bits(x):
     """The float16 nearest to float32 (half to even), as uint16; 0x7C00 and above where it would not be finite."""
-    with np.errstate(over="ignore"):
-        return np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
+    return np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
 
 
 def to_half(x, out, rows: int) -> int:
@@ -225,7 +226,8 @@ def float_embedding(values, columns: int, tokens, first: int, rows_held: int, ou
     return OK
 
 
-def integer_embedding(values, factors, row_scales, columns: int, tokens, first: int, rows_held: int, out, rows: int) -> int:
+def integer_embedding(values, factors, row_scales, columns: int, tokens, first: int, rows_held: int, out,
+                      rows: int) -> int:
     """As ``float_embedding`` for quantised rows: (value * factor) * row scale."""
     for r in range(rows):
         row = tokens[r] - first

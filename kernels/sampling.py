@@ -12,7 +12,10 @@ import numpy as np
 from .numerics import FIXED, exp, log_probability
 
 _MASK = 2**64 - 1
-TEMPERATURES = 2.0**-100, 2.0**100      # between them a logit below 2**20 divided by the temperature is finite
+
+# Logits are multiples of 2**-32 below 2**20. Below the lowest of these temperatures all weight lies on the maximum,
+# above the highest it is the same everywhere, and nothing between them overflows.
+TEMPERATURES = 2.0**-64, 2.0**64
 
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -32,7 +35,7 @@ def request_key(seed: int, request_id: str) -> tuple[int, int]:
 
 
 def weigh(logits, weights):
-    """weights[i] = rint(exp(logits[i] - maximum) * 2**32), int64, for float32 logits [V]; returns (maximum, their sum)."""
+    """weights[i] = rint(exp(logits[i] - maximum) * 2**32) as int64 for float32 logits [V]; returns (maximum, sum)."""
     maximum = logits.max()
     weights[:] = np.rint(exp(logits - maximum) * FIXED).astype(np.int64)
     return maximum, int(weights.sum())
@@ -50,8 +53,8 @@ def choose(logits, temperature: float, top_k: int, top_p: float, random: int, we
 
     Temperature divides the logits, then ``top_k`` keeps the first k (0: all), then ``top_p`` keeps the shortest prefix
     with at least that share of the kept weight. The order is that of the logits themselves: division may make
-    neighbours equal. Temperatures beyond ``TEMPERATURES`` count as the nearer end, where all weight lies on the maximum
-    or is the same everywhere. ``weigh`` is a backend's form of the function above.
+    neighbours equal. A temperature beyond ``TEMPERATURES`` counts as the nearer end. ``weigh`` is a backend's form of
+    the function above.
     """
     if temperature == 0:
         return int(np.argmax(logits))

@@ -44,7 +44,7 @@ class GridShape:
         """From ``DxPxT``, for example 2x1x4; raises UsageError."""
         match = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text.strip().lower())
         if not match:
-            raise UsageError(f"--grid {text!r} is neither DxPxT (replicas x stages x tensor ranks), such as 2x1x4, nor auto")
+            raise UsageError(f"--grid {text!r} is neither auto nor DxPxT (replicas x stages x tensor ranks), such as 2x1x4")
         return cls(*map(int, match.groups()))
 
 

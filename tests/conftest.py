@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from llama_hpc.runtime import numba_setup
+
 ROOT = Path(__file__).resolve().parents[1]
 
-# A test starts jobs of its own, whatever job it runs in itself.
-_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FLUX_", "HYDRA_", "MPI4PY_", "OMP_")
+# Before anything imports Numba: its cache for this process is the one of the kernels' present sources, as in a job, since
+# Numba itself would go on using code that was compiled before a module that a kernel imports was edited.
+numba_setup.configure(threads=2)
+
+# A test starts jobs of its own, whatever job it runs in itself; these choose their threads and their cache themselves.
+_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FLUX_", "HYDRA_", "MPI4PY_", "OMP_",
+                       "NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR")
 
 # Root in containers, more ranks than cores, a start in 0.1 s instead of 1.1 s, no complaints about absent UCX devices.
 _OPENMPI = {

@@ -77,7 +77,7 @@ def fill_float(weights: FloatWeights, first_row: int, part) -> None:
 def fill_integer(weights: IntegerWeights, first_row: int, values, factors, row_scales) -> None:
     """Stores rows first_row …: int8 [n, groups, 32], float32 factors [n, groups] and row scales [n]."""
     rows = values.shape[0]
-    _interleave(np.ascontiguousarray(values).reshape(rows, -1), weights.values, first_row)
+    _interleave(np.ascontiguousarray(values).reshape(rows, weights.values.shape[1]), weights.values, first_row)
     _interleave(np.ascontiguousarray(factors), weights.factors, first_row)
     weights.row_scales[first_row : first_row + rows] = row_scales
 

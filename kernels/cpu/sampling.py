@@ -10,7 +10,7 @@ from .simd import rint
 
 @njit(cache=True)
 def weigh(logits, weights):
-    """weights[i] = rint(exp(logits[i] - maximum) * 2**32), int64, for float32 logits [V]; returns (maximum, their sum)."""
+    """weights[i] = rint(exp(logits[i] - maximum) * 2**32) as int64 for float32 logits [V]; returns (maximum, sum)."""
     maximum = logits[0]
     for i in range(logits.shape[0]):
         maximum = max(maximum, logits[i])

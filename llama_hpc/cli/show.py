@@ -12,7 +12,8 @@ from llama_hpc.errors import UsageError
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
-    parser = subparsers.add_parser("show", help="a readable view of a result file", description=__doc__)
+    parser = subparsers.add_parser("show", help="a readable view of a result file",
+                                   description="A readable view of a result file.")
     parser.add_argument("results", metavar="RESULTS", help="HDF5 file written by llama-hpc run")
     parser.add_argument("--id", metavar="ID", help="only the prompt with this id")
     parser.add_argument("--limit", metavar="N", type=_count, help="only the first N prompts")

@@ -157,7 +157,7 @@ class Job:
                 fingerprint: str) -> None:
         ranks = self.comm.gather({"host": hostname(), "data": grid.data_index, "stage": grid.stage, "tensor": grid.tensor_index,
                                   "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes,
-                                  "reductions": stage.reducer.calls})
+                                  "reductions": stage.reducer.calls, "answers": len(outputs)})
         gathered, hashes = self.comm.gather(outputs), self.comm.gather(self.hashes)
         if self.first:
             shape = grid.shape
@@ -188,14 +188,18 @@ class _Watch:
 
     def __call__(self) -> None:
         self.counters.comm.Iprobe()
-        now = time.monotonic()
-        if now - self._last >= _POLL:
-            self._last = now
-            self.progress.update(self.counters.read(FINISHED) - self.progress.done)
+        if time.monotonic() - self._last >= _POLL:
+            self._look()
+
+    def _look(self) -> None:
+        self._last = time.monotonic()
+        self.progress.update(self.counters.read(FINISHED) - self.progress.done)
 
     def until(self, total: int) -> None:
-        """Waits for the other replicas."""
+        """Waits for the other replicas; looks often, as the time until the last answer is measured."""
+        self._look()
         while self.progress.done < total:
-            self()
             time.sleep(0.01)
+            self.counters.comm.Iprobe()
+            self._look()
 

@@ -41,11 +41,11 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
               max_seqs: int, max_seq_len: int) -> GridShape:
     """As many replicas as memory allows, each of the fewest ranks that hold the model and its cache.
 
-    Tensor ranks are preferred to stages inside a node. ``memory_per_rank`` is in bytes. Raises UsageError when even all
-    ranks together do not hold the model, or no grid of this many ranks exists for it.
+    Tensor ranks are preferred to stages inside a node. ``memory_per_rank`` is in bytes. Raises UsageError when no grid of
+    this many ranks holds the model.
     """
     budget = int(memory_per_rank * USABLE) - OVERHEAD
-    smallest = None
+    needs = []
     for size in (n for n in range(1, ranks + 1) if ranks % n == 0):
         sequences = min(max_seqs, -(-requests // (ranks // size)))
         fitting = [GridShape(ranks // size, size // t, t) for t in range(1, size + 1)
@@ -55,10 +55,8 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
                        if r.data == 0)
             if need <= budget:
                 return shape
-            smallest = min(smallest or need, need)
-    if smallest is None:
-        raise UsageError(f"no grid of {ranks} ranks fits this model of {config.num_heads} query heads and {config.num_layers} "
-                         "layers; use fewer ranks")
+            needs.append((need, shape))
+    least, shape = min(needs, key=lambda tried: tried[0])
     raise UsageError(
-        f"the model and its cache need {smallest / 2**30:.1f} GiB on a rank even when cut over all {ranks} ranks, but a rank may "
-        f"use {max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --max-seqs or --max-seq-len")
+        f"the model and its cache need {least / 2**30:.1f} GiB on a rank even on grid {shape}, but a rank may use "
+        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --max-seqs or --max-seq-len")

@@ -4,8 +4,10 @@ import numpy as np
 
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.requests import Request, check_token_ids
+from llama_hpc.engine.sampling_params import shown
 from llama_hpc.errors import UsageError
 from llama_hpc.model.config import ModelConfig
+from llama_hpc.model.rope import check_positions
 
 
 def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len: int | None
@@ -13,7 +15,8 @@ def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len
     """Tokenised requests, and the text that each prompt had (None for token ids).
 
     ``max_seq_len`` limits prompt and answer together (default: the model's context). Raises UsageError for a prompt that
-    does not fit, ids outside the vocabulary, and text where the model has no tokenizer.
+    does not fit, ids outside the vocabulary, text where the model has no tokenizer, and messages that no chat template
+    takes.
     """
     limit = max_seq_len or config.context_length
     if limit > config.context_length:
@@ -22,21 +25,33 @@ def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len
     for request in requests:
         ids, text = _tokens(request, tokenizer)
         check_token_ids(request, ids, config.vocab_size, limit)
+        _check_stop_tokens(request, config.vocab_size)
         tokens = min(request.params.max_tokens, limit - len(ids))
         ready.append(ReadyRequest(request.index, request.id, np.array(ids, np.int32), request.params, tokens))
         texts.append(text)
+    check_positions(config, longest(ready))
     return ready, texts
 
 
 def _tokens(request: Request, tokenizer) -> tuple[list[int], str | None]:
     if tokenizer is None and (request.token_ids is None or request.params.stop):
-        raise UsageError(f"request {request.id!r}: the model has no tokenizer, so give token_ids, and no stop strings")
+        raise UsageError(f"request {shown(request.id)}: the model has no tokenizer, so give token_ids, and no stop strings")
     if request.token_ids is not None:
         return request.token_ids, None
     if request.messages is not None:
-        text = tokenizer.render(request.messages)
+        try:
+            text = tokenizer.render(request.messages)
+        except UsageError as error:
+            raise UsageError(f"request {shown(request.id)}: {error}") from None
         return tokenizer.encode(text, add_special=False), text
     return tokenizer.encode(request.prompt), request.prompt
+
+
+def _check_stop_tokens(request: Request, vocab_size: int) -> None:
+    for token in request.params.stop_token_ids:
+        if token >= vocab_size:
+            raise UsageError(f"request {shown(request.id)}: stop token id {token} is outside the vocabulary "
+                             f"(0 to {vocab_size - 1}): use the tokenizer of this model")
 
 
 def longest(ready: list[ReadyRequest]) -> int:

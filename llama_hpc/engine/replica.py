@@ -37,7 +37,7 @@ class BatchPlan:
         """
         sequences = min(max_seqs, -(-requests // grid_data))
         count = min(micro_batches or stages, sequences)
-        slots = -(-sequences // count)
+        slots = min(-(-sequences // count), max_seqs // count)
         return cls(count, slots, prefill_chunk, max(prefill_chunk, slots))
 
     @property

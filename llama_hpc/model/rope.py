@@ -67,16 +67,21 @@ def attention_factor(rope: RopeConfig) -> Decimal:
     return mscale(1.0)
 
 
-def tables(config: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin, float32 [positions, head_dim / 2].
+def check_positions(config: ModelConfig, positions: int) -> None:
+    """Raises UsageError for dynamic scaling beyond the original context.
 
-    Raises UsageError for dynamic scaling beyond the original context: there a key would depend on how long its
-    sequence became later, so no cache could hold it.
+    There a key would depend on how long its sequence became later, so no cache could hold it.
     """
     rope = config.rope
     if rope.kind == "dynamic" and positions > (original := rope.original_context or config.context_length):
         raise UsageError(f"sequences of {positions} positions need dynamic RoPE scaling, which depends on the final length of a "
                          f"text and cannot be cached; keep prompt and answer within {original} (--max-seq-len {original})")
+
+
+def tables(config: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin, float32 [positions, head_dim / 2]. Raises UsageError as ``check_positions`` does."""
+    check_positions(config, positions)
+    rope = config.rope
     with localcontext() as context:
         context.prec = 50
         turns = [turn_fraction(f) for f in inverse_frequencies(rope, config.head_dim)]

@@ -70,7 +70,8 @@ def weight_bytes(config: ModelConfig, weights_format: str, stage: StageShare, sh
     for p in projections(config, stage, share):
         rows = -(-p.rows // LANES) * LANES
         groups = Blocks(p.columns, p.block).groups
-        total += rows * (4 * p.columns if weights_format == "f32" else groups * (GROUP + 4) + 4)
+        # Besides its values a row has a scale, and its groups have factors.
+        total += rows * (4 + (4 * p.columns if weights_format == "f32" else groups * (GROUP + 4)))
     return total
 
 

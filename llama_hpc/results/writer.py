@@ -36,7 +36,8 @@ def check_output_path(path: str | Path, overwrite: bool) -> None:
         if not overwrite:
             raise UsageError(f"the output {path} exists: give another name or --overwrite")
     if not os.path.isdir(target.parent):
-        raise ResultsError(f"the output folder {target.parent} does not exist: create it or give another")
+        found = "is not a folder" if os.path.exists(target.parent) else "does not exist"
+        raise ResultsError(f"the output folder {target.parent} {found}: create it or give another")
     temporary = _temporary(target)
     try:
         with open(temporary, "xb"):

@@ -17,6 +17,7 @@ from llama_hpc.kernels.codebook import fit_codebook, sample_rows
 from llama_hpc.kernels.cpu import matmul
 from llama_hpc.kernels.cpu.quantize import quantize_q3_5, quantize_q8, row_maxima
 from llama_hpc.kernels.numerics import BLOCK, INFINITY_BITS, down_block
+from llama_hpc.kernels.reference_quantize import LARGEST
 from llama_hpc.model.attention import AttentionWeights
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.layer import LayerWeights
@@ -28,6 +29,7 @@ from llama_hpc.weights.checkpoint import Checkpoint
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 CHUNK = 1 << 21                 # weights converted at a time
+LARGEST_WEIGHT = np.float32(LARGEST * 65504)    # of quantised formats: their scales are float16
 
 
 class PeerFailed(Exception):
@@ -102,7 +104,7 @@ class _Loader:
         rows, columns = self.checkpoint.shape(name)
         chosen = sample_rows(rows, columns)
         sample = np.concatenate([self.checkpoint.read(name, slice(row, row + 1)) for row in chosen.tolist()])
-        self._check(name, row_maxima(sample), chosen)
+        self._check(name, row_maxima(sample), chosen, matrix=True)
         self.progress()
         return fit_codebook(sample, formats.Blocks(columns, self.blocks[name.rsplit(".", 1)[-1]]), threads=self.threads)
 
@@ -166,14 +168,20 @@ class _Loader:
         for first in range(rows.start, rows.stop, step):
             values = self.checkpoint.read(name, slice(first, min(first + step, rows.stop)), part)
             maxima = row_maxima(values)
-            self._check(name, maxima, range(first, first + len(values)))
+            self._check(name, maxima, range(first, first + len(values)), matrix=True)
             yield first - rows.start, values, maxima
 
-    def _check(self, name: str, maxima: np.ndarray, rows) -> None:
+    def _check(self, name: str, maxima: np.ndarray, rows, matrix: bool = False) -> None:
+        """Raises CheckpointError for rows, of these numbers, that are not finite or too large for the weight format."""
         bad = np.flatnonzero(maxima >= INFINITY_BITS)
         if bad.size:
             raise CheckpointError(f"{self.checkpoint.path}: NaN or infinity in tensor {name}, row {rows[bad[0]]}; "
                                   "the file is damaged, or was converted wrongly")
+        large = np.flatnonzero(maxima.view(np.float32) > LARGEST_WEIGHT) if matrix and self.format != "f32" else bad
+        if large.size:
+            found = maxima[large[0]].view(np.float32)
+            raise CheckpointError(f"{self.checkpoint.path}: {found:.3g} in tensor {name}, row {rows[large[0]]}; the file is "
+                                  f"damaged, or needs --weights f32: {self.format} holds up to {LARGEST_WEIGHT:.0f}")
 
     def _floats(self, name, rows, columns, blocks, parts) -> matmul.FloatWeights:
         weights = matmul.empty_float_weights(len(rows), blocks.size, blocks.block)

@@ -48,7 +48,7 @@ def random_activations(rows, blocks, seed=0):
     return values, rng.uniform(0.001, 0.1, (rows, blocks.groups)).astype(np.float32)
 
 
-def product(kernel, kind, n, k, block, tokens, seed=0):
+def product(kind, n, k, block, tokens, seed=0):
     """Arguments x, x_scales, weights, and sums for ``tokens`` tokens of a random product; kind is float or integer."""
     blocks = Blocks(k, block)
     if kind == "float":

@@ -198,7 +198,7 @@ def test_check_output_path(tmp_path):
         check_output_path("/dev/null", overwrite=True)
     with pytest.raises(ResultsError, match="missing does not exist"):
         check_output_path(tmp_path / "missing" / "out.h5", overwrite=False)
-    with pytest.raises(ResultsError, match=r"folder .*out\.h5 does not exist"):
+    with pytest.raises(ResultsError, match=r"folder .*out\.h5 is not a folder"):
         check_output_path(path / "out.h5", overwrite=False)
     with pytest.raises(LlamaHpcError, match="name too long"):
         check_output_path(tmp_path / ("x" * 300), overwrite=False)

@@ -1,5 +1,7 @@
 """A model cut for the ranks of this job computes the bits of the whole model on one rank."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 from models import FORMATS, MODELS, GridModel, batch_of, factorisations, fits
@@ -29,15 +31,17 @@ def bits(x):
 
 @pytest.mark.parametrize("weights_format", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_on_every_grid(comm, checkpoints, name, weights_format):
-    expected = None
+def test_logits_and_packed_weights_on_every_grid(comm, checkpoints, name, weights_format):
+    expected, hashes = None, {}
     if comm.rank == 0:
-        alone = GridModel(checkpoints / name, weights_format, MPI.COMM_SELF, 1, 1, sequences=2)
+        alone = GridModel(checkpoints / name, weights_format, MPI.COMM_SELF, 1, 1, sequences=2, hashes=hashes)
         expected = [alone.forward(batch) for batch in steps(alone.config.vocab_size)]
         assert alone.stage.reducer.calls == 0
-    expected = comm.bcast(expected)
+        assert len(hashes) == 7 * alone.config.num_layers + (1 if alone.config.tie_embeddings else 2)
+    expected, hashes = comm.bcast((expected, hashes))
     for pipeline, tensor in grids(comm, checkpoints / name):
-        model = GridModel(checkpoints / name, weights_format, comm, pipeline, tensor, sequences=2)
+        own = {}
+        model = GridModel(checkpoints / name, weights_format, comm, pipeline, tensor, sequences=2, hashes=own)
         rows = 0
         for batch, logits in zip(steps(model.config.vocab_size), expected, strict=True):
             found = model.forward(batch)
@@ -45,6 +49,7 @@ def test_logits_on_every_grid(comm, checkpoints, name, weights_format):
             if model.grid.is_leader:
                 assert np.array_equal(bits(found), bits(logits)), (pipeline, tensor)
         model.channel.finish()
+        assert dict(chain(*(part.items() for part in comm.allgather(own)))) == hashes, (pipeline, tensor)
         # The embedding is joined once a step, and attention and MLP of every layer end with one sum.
         stage = model.stage.stage
         reductions = len(expected) * (2 * len(stage.layers) + stage.first)
@@ -95,8 +100,7 @@ def test_a_fault_on_one_tensor_rank_reaches_the_leader(comm, checkpoints):
     if comm.rank == comm.size - 1:
         model.stage.weights.head.weights.values[:] = 1e30
     model.stage.forward(batch_of([(0, 0, np.arange(3))]))
-    assert (model.stage.faults.code != 0) == (comm.rank == comm.size - 1)
+    code = comm.bcast(model.stage.faults.code, comm.size - 1)
+    assert code and (model.stage.faults.code == (code if comm.rank == comm.size - 1 else 0))
     _, fault = model.gather(3)
-    assert not model.grid.is_leader or fault == comm.bcast(model.stage.faults.code, comm.size - 1)
-    if not model.grid.is_leader:
-        comm.bcast(model.stage.faults.code, comm.size - 1)
+    assert fault == code or not model.grid.is_leader

@@ -1,8 +1,9 @@
 """Runs the SPMD tests of this folder on every rank of a job.
 
-``mpirun -n N python tests/mpi/spmd/run.py CHECKPOINTS [pytest options]``; CHECKPOINTS is the folder that ``models.write_models`` filled. The first rank reports; a rank on which a test
-fails prints what happened and ends the job at once, so that nobody waits for it. Tests see the world as the fixture ``comm``
-and must call collective functions in the same order on every rank.
+``mpirun -n N python tests/mpi/spmd/run.py CHECKPOINTS [pytest options]``: CHECKPOINTS is the folder that
+``models.write_models`` filled. The first rank reports; a rank on which a test fails prints what happened and ends the job at
+once, so that nobody waits for it. Tests get the world as the fixture ``comm`` and must call collective functions in the same
+order on every rank.
 """
 
 import contextlib
@@ -27,11 +28,11 @@ class Ranks:
     def __init__(self, comm, checkpoints: Path):
         self.world, self.folder, self.stderr = comm, checkpoints, os.dup(2)
 
-    @pytest.fixture(scope="session")
+    @pytest.fixture
     def comm(self):
         return self.world
 
-    @pytest.fixture(scope="session")
+    @pytest.fixture
     def checkpoints(self):
         return self.folder
 
@@ -71,7 +72,7 @@ def main() -> int:
     compile_kernels(comm)
     sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1])]
     # A rank that hangs says where, before the launcher's time limit.
-    options = ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", *sys.argv[2:]]
+    options = ["-p", "no:cacheprovider", "--color=no", "-o", "faulthandler_timeout=60", *sys.argv[2:]]
     files = map(str, sorted(FOLDER.glob("check_*.py"))) if not any(a.endswith(".py") for a in sys.argv[2:]) else []
     with contextlib.ExitStack() as stack:
         if comm.rank:

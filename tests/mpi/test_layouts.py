@@ -1,0 +1,111 @@
+"""The same bits on every layout: digests and packed weights of runs of the command line.
+
+A covering subset of what ``make test-layouts`` (campaign.py) runs: small models on every grid in every format, SmolLM2 on every
+grid in one of them, with other settings varied along the way.
+"""
+
+import pytest
+from layouts import ALONE, GRIDS, RANDOM, WEIGHTS, Layout, Run, make_models, perform, perform_together
+
+SMALL = (*RANDOM, "stories15M", "stories260K")
+
+# For the small models: the grids as they are, and then one or two settings more.
+LAYOUTS = (
+    *(Layout(grid) for grid in GRIDS),
+    Layout(max_seqs=1), Layout(max_seqs=3, prefill_chunk=1), Layout(prefill_chunk=7),
+    Layout("2x2x2", max_seqs=3), Layout("2x2x2", max_seqs=1, prefill_chunk=7),
+    Layout(threads=2), Layout("1x1x2", threads=2), Layout("1x2x2", mpi="mpich"),
+)  # fmt: skip
+
+# For SmolLM2, where a run takes seconds.
+SMOLLM2 = (
+    ("q8", Layout("1x1x2", threads=2)), ("q3_5", Layout("1x1x3", max_seqs=3)), ("f32", Layout("1x1x5")),
+    ("q8", Layout("1x1x6", prefill_chunk=7)), ("f32", Layout("1x2x1", max_seqs=3)), ("q3_5", Layout("1x5x1")),
+    ("q8", Layout("2x1x1", max_seqs=1)), ("f32", Layout("3x1x1", threads=2)), ("q3_5", Layout("1x2x2", mpi="mpich")),
+    ("q8", Layout("2x2x1")), ("f32", Layout("2x1x3")), ("q3_5", Layout("2x2x2")),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    return make_models(folder)
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    def find(name):
+        return models.get(name) or pytest.skip(f"{name} is not here")
+    return find
+
+
+@pytest.fixture(scope="module")
+def small_outcomes(mpirun, models, folder):
+    """Outcomes of all runs of the small models under one MPI."""
+    known = {}
+    def outcomes(mpi):
+        if mpi not in known:
+            runs = [Run(models[name], weights, layout) for name in SMALL if name in models for weights in WEIGHTS
+                    for layout in LAYOUTS if layout.mpi == mpi]
+            known[mpi] = perform_together(mpirun, runs, folder)
+        return known[mpi]
+    return outcomes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_small_models(model, small_outcomes, name, layout):
+    for weights in WEIGHTS:
+        found = small_outcomes(layout.mpi)[Run(model(name), weights, layout)]
+        expected = small_outcomes("openmpi")[Run(model(name), weights, ALONE)]
+        assert found.digest == expected.digest, weights
+        assert found.hashes == expected.hashes, weights
+        check_mechanism(found, layout)
+
+
+@pytest.fixture(scope="module")
+def smollm2_alone(mpirun, model, folder):
+    """The outcome of one rank in a format."""
+    known = {}
+    def outcome(weights):
+        if weights not in known:
+            known[weights] = perform(mpirun, Run(model("smollm2"), weights, ALONE), folder)
+        return known[weights]
+    return outcome
+
+
+@pytest.mark.parametrize(("weights", "layout"), SMOLLM2, ids=str)
+def test_smollm2(mpirun, model, folder, smollm2_alone, weights, layout):
+    expected = smollm2_alone(weights)
+    found = perform(mpirun, Run(model("smollm2"), weights, layout), folder)
+    assert found.digest == expected.digest
+    assert found.hashes == expected.hashes
+    check_mechanism(found, layout)
+
+
+def check_mechanism(outcome, layout):
+    """The run was on the layout that it was asked for, and every part of it worked."""
+    data, pipeline, tensor = map(int, layout.grid.split("x"))
+    provenance = outcome.provenance
+    assert provenance["grid"] == {"data": data, "pipeline": pipeline, "tensor": tensor}
+    assert provenance["threads"] == layout.threads
+    assert ("MPICH" in provenance["mpi_library"]) == (layout.mpi == "mpich")
+    table = provenance["rank_table"]
+    places = {(rank["data"], rank["stage"], rank["tensor"]) for rank in table}
+    assert len(places) == len(table) == layout.ranks
+    assert all((rank["reductions"] > 0) == (tensor > 1) for rank in table)
+    # The shared counter deals prompts to every replica; its leader answers them.
+    leaders = [rank["answers"] for rank in table if (rank["stage"], rank["tensor"]) == (pipeline - 1, 0)]
+    assert len(leaders) == data and all(leaders)
+    assert sum(rank["answers"] for rank in table) == sum(leaders) == 16
+
+
+def test_formats_and_prompts_differ(model, small_outcomes):
+    """Equal digests mean something: other weights give others."""
+    outcomes = [small_outcomes("openmpi")[Run(model("random9"), weights, ALONE)] for weights in WEIGHTS]
+    assert len({outcome.digest for outcome in outcomes}) == 3
+    assert len(outcomes[0].hashes) == 5 * 7 + 2
