@@ -1,7 +1,8 @@
-# make demo   four MPI ranks answer a handful of prompts with a small model
-# make test   lint and all tests, under Open MPI and MPICH
-# make lint   ruff only
-# make clean  remove what these made
+# make demo          four MPI ranks answer a handful of prompts with a small model
+# make test          lint and all tests, under Open MPI and MPICH
+# make test-layouts  every grid, format, batch size and MPI against one rank: about half an hour on two cores
+# make lint          ruff only
+# make clean         remove what these made
 #
 # Needs Python 3.11 or newer with venv: `make PYTHON=python3.12 demo` names another one than python3.
 
@@ -18,7 +19,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_btl := self,sm,tcp
 export OMPI_MCA_osc := ^ucx
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-layouts lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/mpirun -n 4 $(BIN)/llama-hpc run smollm2 --prompts jobs/prompts.jsonl --output demo.h5 --overwrite \
@@ -27,6 +28,9 @@ demo: $(VENV)/installed
 
 test: lint $(VENV)/mpich/installed
 	$(BIN)/python -m pytest
+
+test-layouts: $(VENV)/mpich/installed
+	$(BIN)/python tests/mpi/campaign.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

@@ -43,7 +43,7 @@ def weigh(logits, weights):
 
 def order_keys(logits):
     """uint64 keys that sort ascending by (logit descending, id ascending)."""
-    bits = (logits + np.float32(0)).view(np.int32).astype(np.int64)
+    bits = logits.view(np.int32).astype(np.int64)
     ascending = np.where(bits < 0, -0x80000000 - bits, bits)
     return ((0x7FFFFFFF - ascending).astype(np.uint64) << np.uint64(32)) | np.arange(logits.shape[0], dtype=np.uint64)
 

@@ -30,6 +30,8 @@ def world():
 
     if "mpi4py.MPI" not in sys.modules:
         mpi4py.rc.thread_level = "serialized"
+        # Open MPI's UCX component prints an error line for every window where there is no such network.
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

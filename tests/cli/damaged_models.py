@@ -79,7 +79,7 @@ def _with_tokenizer(folder):
     import tokenizers
 
     write_checkpoint(SMALL, folder)
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3, "world": 4}
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3, "world": 4} | {f"word{i}": i for i in range(5, 320)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))

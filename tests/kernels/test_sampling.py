@@ -100,6 +100,16 @@ def test_top_p_keeps_the_shortest_prefix():
     assert reached(top_k=2) == {1, 3} and reached(top_k=2, top_p=0.6) == {1}        # 0.5 of 0.75 is two thirds
 
 
+def test_top_p_at_the_exact_share():
+    """Exactly half the weight is enough for 0.5; the largest of weights 2**32 and 3 just misses 1 - 2**-31."""
+    even = np.zeros(4, np.float32)
+    assert {choose(even, 1.0, 0, 0.5, random) for random in [0, LAST, *draws(50)]} == {0, 1}
+    uneven = np.log([1, 3 / 2**32]).astype(np.float32)
+    assert weights_of(uneven)[2].tolist() == [2**32, 3]
+    assert choose(uneven, 1.0, 0, 1 - 2.0**-31, LAST) == 1
+    assert choose(uneven, 1.0, 0, 1 - 2.0**-30, LAST) == 0
+
+
 def chi_square(counts, probabilities):
     expected = np.asarray(probabilities) * sum(counts)
     return ((counts - expected) ** 2 / expected).sum()

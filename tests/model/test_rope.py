@@ -72,6 +72,11 @@ def test_angles_wrap_exactly():
                 cosine, sine = exact_cos_sin(position * frequency)
                 assert abs(Decimal(float(cosines[position, pair])) - cosine) < Decimal("6.1e-8")
                 assert abs(Decimal(float(sines[position, pair])) - sine) < Decimal("6.1e-8")
+            # To the last bit: Python's integers have no rounding.
+            exact = [turn_fraction(frequency) * position % 2**64 for position in range(261_000, 1 << 18)]
+            expected_cosines, expected_sines = cos_sin(np.array(exact, np.uint64))
+            np.testing.assert_array_equal(cosines[261_000:, pair], expected_cosines)
+            np.testing.assert_array_equal(sines[261_000:, pair], expected_sines)
 
 
 @pytest.mark.parametrize("frequency", ["1", "0.31622776601683793", "0.0000001"])

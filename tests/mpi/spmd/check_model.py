@@ -4,7 +4,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from models import FORMATS, MODELS, GridModel, batch_of, factorisations, fits
+from models import CASES, GridModel, batch_of, factorisations, fits
 from mpi4py import MPI
 
 from llama_hpc.weights.checkpoint import open_checkpoint
@@ -29,8 +29,7 @@ def bits(x):
     return np.ascontiguousarray(x).view(np.uint32)
 
 
-@pytest.mark.parametrize("weights_format", FORMATS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "weights_format"), CASES)
 def test_logits_and_packed_weights_on_every_grid(comm, checkpoints, name, weights_format):
     expected, hashes = None, {}
     if comm.rank == 0:
@@ -58,28 +57,28 @@ def test_logits_and_packed_weights_on_every_grid(comm, checkpoints, name, weight
         assert model.channel.bytes_sent == (0 if stage.last else sent)
 
 
-@pytest.mark.parametrize("weights_format", FORMATS)
-@pytest.mark.parametrize("name", ["smollm", "llama_odd", "llama_biases"])
-@pytest.mark.parametrize("part", ["attention", "mlp"])
-def test_one_part_of_a_layer(comm, checkpoints, name, weights_format, part):
-    """ParallelAttention or ParallelMLP alone, on a residual of all sizes, over all ranks as one tensor group."""
+@pytest.mark.parametrize(("name", "weights_format"), [("smollm", "q3_5"), ("llama_odd", "f32"), ("llama_biases", "q8")])
+def test_the_parts_of_a_layer(comm, checkpoints, name, weights_format):
+    """ParallelAttention and ParallelMLP alone, over all ranks as one tensor group."""
     config = open_checkpoint(checkpoints / name).config
     if comm.size > config.num_heads:
         pytest.skip("more ranks than query heads")
-    rng, batch = np.random.default_rng(3), batch_of([(0, 0, np.arange(11)), (1, 0, np.arange(4))])
-    residual = rng.standard_normal((batch.rows, config.hidden_size)).astype(np.float32) * np.float32(50)
-    def result(comm, tensor):
+    batch = batch_of([(0, 0, np.arange(11)), (1, 0, np.arange(4))])
+    residual = np.random.default_rng(3).standard_normal((batch.rows, config.hidden_size)).astype(np.float32) * np.float32(50)
+    def results(comm, tensor):
         stage = GridModel(checkpoints / name, weights_format, comm, 1, tensor, sequences=2).stage
         layer = stage.layers[1]
-        stage.residual[: batch.rows] = residual
-        stage.buffers.norm(layer.weights.mlp_norm, batch.rows, "mlp_norm", 1)
-        getattr(layer, part).forward(batch)
-        assert stage.faults.code == 0
-        assert stage.reducer.calls == (tensor > 1)
-        return stage.residual[: batch.rows].copy()
-    expected = comm.bcast(result(MPI.COMM_SELF, 1) if comm.rank == 0 else None)
-    assert not np.array_equal(expected, residual)
-    assert np.array_equal(bits(result(comm, comm.size)), bits(expected))
+        for calls, part in enumerate((layer.attention, layer.mlp), 1):
+            stage.residual[: batch.rows] = residual
+            stage.buffers.norm(layer.weights.mlp_norm, batch.rows, "mlp_norm", 1)
+            part.forward(batch)
+            assert stage.faults.code == 0
+            assert stage.reducer.calls == (calls if tensor > 1 else 0)
+            yield stage.residual[: batch.rows].copy()
+    expected = comm.bcast(list(results(MPI.COMM_SELF, 1)) if comm.rank == 0 else None)
+    for found, alone in zip(results(comm, comm.size), expected, strict=True):
+        assert not np.array_equal(alone, residual)
+        assert np.array_equal(bits(found), bits(alone))
 
 
 def test_threads_do_not_matter(comm, checkpoints):

@@ -16,15 +16,17 @@ from llama_hpc.weights.loader import load_stage
 
 # Eight layers for eight stages; 9 query heads over 3 KV heads straddle them; 4 FFN blocks leave ranks without one.
 DEEP = {"hidden": 72, "ffn": 100, "layers": 8, "heads": 9, "kv_heads": 3, "vocab": 515}
-# smollm: tied, bfloat16; llama_odd: FFN 172, vocabulary 515, three files; llama_biases: a bias on every projection.
-REFERENCE_CASES = ("smollm", "llama_odd", "llama_biases", "qwen3", "mistral_window")
-MODELS = ("deep", *REFERENCE_CASES)
 FORMATS = ("f32", "q8", "q3_5")
+
+# Model and weights format. smollm: tied, straddled KV heads; llama_odd: FFN 172, vocabulary 515, three files; llama_biases: a
+# bias on every projection; qwen3: norms of q and k; mistral_window: a window shorter than the text.
+CASES = (*(("deep", weights_format) for weights_format in FORMATS), ("smollm", "q8"), ("smollm", "q3_5"), ("llama_odd", "f32"),
+         ("llama_odd", "q3_5"), ("llama_biases", "q8"), ("qwen3", "q8"), ("mistral_window", "f32"))  # fmt: skip
 
 
 def write_models(folder: Path) -> Path:
-    """Writes all of `MODELS`, each a folder of its name."""
-    for name in REFERENCE_CASES:
+    """Writes the models of `CASES`, each a folder of its name."""
+    for name in {name for name, _ in CASES} - {"deep"}:
         write_checkpoint(name, folder / name)
     write_random_llama(folder / "deep", **DEEP, seed=7)
     return folder
