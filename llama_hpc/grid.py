@@ -33,8 +33,8 @@ class GridShape:
     def check_size(self, ranks: int) -> None:
         """Raises UsageError when the grid does not fill a job of so many ranks."""
         if self.size != ranks:
-            raise UsageError(f"grid {self} needs {self.data} x {self.pipeline} x {self.tensor} = {self.size} ranks, but the job has "
-                             f"{ranks}; start {self.size} ranks or choose a grid of {ranks}")
+            raise UsageError(f"grid {self} needs {self.data} x {self.pipeline} x {self.tensor} = {self.size} ranks, but the job "
+                             f"has {ranks}; start {self.size} ranks or choose a grid of {ranks}")
 
     def __str__(self) -> str:
         return f"{self.data}x{self.pipeline}x{self.tensor}"

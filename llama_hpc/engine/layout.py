@@ -41,7 +41,7 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
               max_seqs: int, max_seq_len: int) -> GridShape:
     """As many replicas as memory allows, each of the fewest ranks that hold the model and its cache.
 
-    Tensor ranks are preferred to stages inside a node. ``memory_per_rank`` is in bytes. Raises UsageError when no grid of
+    Tensor ranks are preferred to stages, and never span nodes. ``memory_per_rank`` is in bytes. Raises UsageError when no grid of
     this many ranks holds the model.
     """
     budget = int(memory_per_rank * USABLE) - OVERHEAD
@@ -49,7 +49,8 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
     for size in (n for n in range(1, ranks + 1) if ranks % n == 0):
         sequences = min(max_seqs, -(-requests // (ranks // size)))
         fitting = [GridShape(ranks // size, size // t, t) for t in range(1, size + 1)
-                   if size % t == 0 and t <= min(config.num_heads, ranks_per_node) and size // t <= config.num_layers]
+                   if size % t == 0 and t <= config.num_heads and size // t <= config.num_layers
+                   and (ranks_per_node % t == 0 or ranks == ranks_per_node)]
         for shape in reversed(fitting):
             need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, sequences * max_seq_len)
                        if r.data == 0)

@@ -26,8 +26,17 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return Models(tmp_path_factory.mktemp("models"))
+def models(mpirun, tmp_path_factory):
+    """Good input is answered, and compiles the kernels: the seconds that the others may take are not for that."""
+    folder = tmp_path_factory.mktemp("models")
+    made = Models(folder)
+    (folder / "prompts.jsonl").write_bytes(GOOD)
+    for weights in ("f32", "q8", "q3_5"):
+        job = mpirun(1, ["-m", "llama_hpc", "run", made["small"], "--prompts", "prompts.jsonl", "--output", f"{weights}.h5",
+                         "--weights", weights], timeout=300, cwd=folder)  # fmt: skip
+        assert job.returncode == 0 and not ours(job), job.stderr
+        assert (folder / f"{weights}.h5").stat().st_size
+    return made
 
 
 def bad(*texts, **more):
