@@ -50,7 +50,7 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
         sequences = min(max_seqs, -(-requests // (ranks // size)))
         fitting = [GridShape(ranks // size, size // t, t) for t in range(1, size + 1)
                    if size % t == 0 and t <= config.num_heads and size // t <= config.num_layers
-                   and (ranks_per_node % t == 0 or ranks == ranks_per_node)]
+                   and (ranks_per_node % t == 0 or ranks <= ranks_per_node)]
         for shape in reversed(fitting):
             need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, sequences * max_seq_len)
                        if r.data == 0)

@@ -42,6 +42,8 @@ def test_replicas_divide_the_ranks():
 def test_tensor_groups_stay_within_a_node():
     assert chosen(per_node=2, memory=memory_for(GridShape(1, 4, 2))) == "1x4x2"
     assert chosen(per_node=1, memory=memory_for(GridShape(1, 8, 1))) == "1x8x1"
+    # Three tensor ranks would straddle nodes of four.
+    assert chosen(ranks=12, per_node=4, memory=memory_for(GridShape(1, 1, 3))) == "3x1x4"
 
 
 def test_stages_take_over_where_heads_run_out():
