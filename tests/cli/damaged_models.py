@@ -9,7 +9,7 @@ import reference_gguf
 from reference_models import write_checkpoint, write_random_llama
 
 SMALL = "llama_mha_tied"        # 3 layers, 4 heads, hidden 64, FFN 128, vocabulary 320, context 256, one file
-# The last rows and columns of the matrices below, which the last tensor rank holds alone.
+# The last rows and columns of the matrices are held by the last tensor rank alone.
 WIDE = {"hidden": 96, "ffn": 2048, "layers": 3, "heads": 3, "kv_heads": 3, "vocab": 64}
 
 
@@ -125,8 +125,9 @@ MODELS = {
     "gguf_unknown_type": (_gguf, _gguf_number(b"blk.1.ffn_gate.weight", 20, 99)),
     # After a key: the type of the value.
     "gguf_contradiction": (_gguf, _gguf_number(b"llama.feed_forward_length", 4, 160)),
-    "nan_column_parallel": (_poisoned, _LAYER + "mlp.gate_proj.weight", -1, -1),
-    "nan_row_parallel": (_poisoned, _LAYER + "mlp.down_proj.weight", -1, -1),
+    # Rows that no q3_5 codebook is fitted to, so that only the last tensor rank reads them.
+    "nan_column_parallel": (_poisoned, _LAYER + "mlp.gate_proj.weight", -2, -1),
+    "nan_row_parallel": (_poisoned, _LAYER + "mlp.down_proj.weight", -2, -1),
     "nan_attention_output": (_poisoned, _LAYER + "self_attn.o_proj.weight", -1, -1),
     "nan_embedding": (_poisoned, "model.embed_tokens.weight", -1, -1),
     "nan_norm": (_poisoned, "model.layers.2.input_layernorm.weight", 0, -1),

@@ -134,8 +134,8 @@ OUTPUTS = {
 NUMBERS = {
     f"{name} {weights}": bad(*texts, model=model, options=f"--weights {weights} --grid {grid}")
     for name, model, grid, formats, texts in [
-        ("NaN in gate", "nan_column_parallel", "1x1x{n}", "f32 q3_5", ("NaN", "layers.1.gate, row 2047")),
-        ("NaN in down", "nan_row_parallel", "1x1x{n}", "f32 q8 q3_5", ("NaN", "layers.1.down, row 95")),
+        ("NaN in gate", "nan_column_parallel", "1x1x{n}", "f32 q3_5", ("NaN", "layers.1.gate, row 2046")),
+        ("NaN in down", "nan_row_parallel", "1x1x{n}", "f32 q8 q3_5", ("NaN", "layers.1.down, row 94")),
         ("NaN in o", "nan_attention_output", "1x1x{n}", "q8", ("NaN", "layers.1.o, row 95")),
         ("NaN in the embedding", "nan_embedding", "1x{n}x1", "q8", ("NaN", "embedding, row 63")),
         ("NaN in a norm", "nan_norm", "1x{n}x1", "f32", ("NaN", "layers.2.attention_norm")),

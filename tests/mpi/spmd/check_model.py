@@ -48,7 +48,8 @@ def test_logits_and_packed_weights_on_every_grid(comm, checkpoints, name, weight
             if model.grid.is_leader:
                 assert np.array_equal(bits(found), bits(logits)), (pipeline, tensor)
         model.channel.finish()
-        assert dict(chain(*(part.items() for part in comm.allgather(own)))) == hashes, (pipeline, tensor)
+        # Tied embeddings are hashed on the first stage and on the last.
+        assert set(chain(*(part.items() for part in comm.allgather(own)))) == set(hashes.items()), (pipeline, tensor)
         # The embedding is joined once a step, and attention and MLP of every layer end with one sum.
         stage = model.stage.stage
         reductions = len(expected) * (2 * len(stage.layers) + stage.first)
