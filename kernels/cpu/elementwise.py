@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from ..numerics import FIXED, GROUP, INFINITY_BITS, NOT_FINITE, OK, OUT_OF_RANGE, OUTPUT_LIMIT, TINY, UNFIXED
-from .functions import half_bits, sigmoid
+from .functions import half_bits, half_value, sigmoid
 from .simd import float_from_bits, fma_scalar, rint
 
 _ONE, _Q = np.float32(1), np.float32(127)
@@ -80,6 +80,35 @@ def quantize_rows(x, block, out, scales, rows):
                     out[r, base + i] = rint(row[first + i] * inverse)
                 for i in range(last - first, GROUP):
                     out[r, base + i] = np.float32(0)
+                group += 1
+    return OK
+
+
+@njit(cache=True, error_model="numpy")
+def quantize_rows_int8(x, block, out, scales, corrections, rows):
+    """As ``quantize_rows`` into int8 in the order of the int8 products, with corrections[r, group] = -128 * the group's sum."""
+    k_end = x.shape[1]
+    for r in range(rows):
+        row = x[r]
+        bits = row.view(np.int32)
+        group = 0
+        for start in range(0, k_end, block):
+            stop = min(start + block, k_end)
+            for first in range(start, stop, GROUP):
+                last = min(first + GROUP, stop)
+                largest = _largest_magnitude(bits, first, last)
+                if largest >= INFINITY_BITS:
+                    return NOT_FINITE
+                amax = float_from_bits(largest)
+                small = amax < TINY
+                inverse = np.float32(0) if small else _Q / amax
+                scales[r, group] = np.float32(0) if small else amax / _Q
+                total = np.int32(0)
+                for i in range(GROUP):
+                    value = np.int32(rint(row[first + i] * inverse)) if first + i < last else np.int32(0)
+                    total += value
+                    out[r, group * GROUP + i // 8 * 8 + i % 2 * 4 + i % 8 // 2] = value
+                corrections[r, group] = np.int32(-128) * total
                 group += 1
     return OK
 
@@ -176,6 +205,23 @@ def integer_embedding(values, factors, row_scales, columns, tokens, first, rows_
             if held:
                 tile, lane = row // 16, row % 16
                 out[r, k] = (np.float32(values[tile, k, lane]) * factors[tile, k // GROUP, lane]) * row_scales[row]
+            else:
+                out[r, k] = np.float32(0)
+    return OK
+
+
+@njit(cache=True)
+def byte_embedding(values, factors, row_scales, columns, tokens, first, rows_held, out, rows):
+    """As ``integer_embedding`` for bytes in the order of the int8 products and float16 factors."""
+    for r in range(rows):
+        row = tokens[r] - first
+        held = 0 <= row < rows_held
+        for k in range(columns):
+            if held:
+                tile, lane = row // 16, row % 16
+                byte = values[tile, k // 8 * 2 + k % 2, lane * 4 + k % 8 // 2]
+                value = np.float32((np.int32(byte) & 255) - 128)
+                out[r, k] = (value * half_value(factors[tile, k // GROUP, lane])) * row_scales[row]
             else:
                 out[r, k] = np.float32(0)
     return OK

@@ -8,6 +8,7 @@ from .simd import bits_of, float_from_bits, fma_scalar, rint
 
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7 = EXP_COEFFICIENTS
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
+_HALF_UNIT = np.float32(2.0**112)
 
 
 @njit(cache=True)
@@ -48,3 +49,10 @@ def half_bits(x):
         return np.uint16(sign | (bits_of(abs(x) + _HALF) - bits_of(_HALF)))
     odd = (magnitude >> np.int32(13)) & np.int32(1)
     return np.uint16(sign | ((magnitude + np.int32(0xFFF) + odd - np.int32(0x38000000)) >> np.int32(13)))
+
+
+@njit(cache=True)
+def half_value(bits):
+    """The float32 with the value of a finite float16, given as uint16."""
+    magnitude = float_from_bits(np.int32((bits & np.uint16(0x7FFF)) << 13)) * _HALF_UNIT
+    return -magnitude if bits & np.uint16(0x8000) else magnitude

@@ -6,12 +6,14 @@ product of a group is then exact in float32 (below 2**24), whatever the instruct
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numba import njit, prange
 
-from ..numerics import BLOCK_LIMIT, FIXED, GROUP, OK, OUT_OF_RANGE
-from . import simd
+from ..numerics import BLOCK, BLOCK_LIMIT, FIXED, GROUP, OK, OUT_OF_RANGE
+from . import matmul_int8, simd
+from .int8_weights import ByteWeights, PairWeights
 
 LANES = simd.LANES
 
@@ -90,21 +92,38 @@ def _interleave(part, values, first_row):
             values[row // LANES, k, row % LANES] = part[i, k]
 
 
-def matmul(x, x_scales, weights, sums, rows: int, threads: int = 1) -> int:
+def matmul(x, x_scales, weights, sums, rows: int, threads: int = 1, corrections=None) -> int:
     """sums[m, n] = sum over reduction blocks of rint(block value * 2**32), for the first ``rows`` rows of x.
 
     For ``IntegerWeights`` x is float32 [M, groups * 32] holding whole numbers of -127…127 and x_scales float32
-    [M, groups]; for ``FloatWeights`` x is float32 [M, columns] and x_scales is not used. sums is int64
+    [M, groups]; for ``ByteWeights`` and ``PairWeights`` x is int8, with ``corrections``, as ``quantize_rows_int8`` leaves
+    them; for ``FloatWeights`` x is float32 [M, columns] and x_scales is not used. sums is int64
     [M, tiles * 16] and is overwritten. Returns ``OK``, or ``OUT_OF_RANGE`` when a block value is not finite or not below 2**19.
     """
     if isinstance(weights, FloatWeights):
         run = _float_parallel if threads > 1 else _float_serial
         faults = run(x, weights.values, weights.row_scales, weights.block, sums, rows, threads)
+    elif isinstance(weights, PairWeights):
+        run = matmul_int8.pairs_parallel if threads > 1 else matmul_int8.pairs_serial
+        faults = run(x, x_scales, corrections, weights.codes, weights.indices, weights.table, weights.row_scales,
+                     weights.groups_per_block, sums, rows, *_scratch(threads))
+    elif isinstance(weights, ByteWeights):
+        run = matmul_int8.bytes_parallel if threads > 1 else matmul_int8.bytes_serial
+        faults = run(x, x_scales, corrections, weights.values, weights.factors, weights.row_scales, weights.groups_per_block,
+                     sums, rows, threads)
     else:
         run = _integer_parallel if threads > 1 else _integer_serial
         faults = run(x, x_scales, weights.values, weights.factors, weights.row_scales, weights.groups_per_block, sums,
                      rows, threads)
     return OUT_OF_RANGE if faults else OK
+
+
+@cache
+def _scratch(threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Room for one decoded reduction block of two tiles, for each thread: bytes and float factors."""
+    groups = 2 * BLOCK // GROUP
+    steps = groups * matmul_int8.STEPS * matmul_int8.BYTES
+    return np.empty((threads, steps), np.int8), np.empty((threads, groups * LANES), np.float32)
 
 
 @njit(cache=True)

@@ -6,8 +6,10 @@ import numpy as np
 
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.cpu import elementwise, matmul
+from llama_hpc.kernels.cpu.int8_weights import ByteWeights, PairWeights
 from llama_hpc.kernels.cpu.matmul import FloatWeights, IntegerWeights
-from llama_hpc.kernels.numerics import GROUP
+from llama_hpc.kernels.cpu.target import kernels
+from llama_hpc.kernels.formats import Blocks
 from llama_hpc.model.faults import Faults
 
 NO_BIAS = np.zeros(0, np.float32)
@@ -17,7 +19,7 @@ NO_BIAS = np.zeros(0, np.float32)
 class LinearWeights:
     """One rank's share of a projection: kernel weights, and the bias of its outputs (empty without one)."""
 
-    weights: FloatWeights | IntegerWeights
+    weights: FloatWeights | IntegerWeights | ByteWeights | PairWeights
     bias: np.ndarray
 
 
@@ -30,17 +32,20 @@ class Activation:
     def __init__(self, values: np.ndarray, block: int, quantized: bool):
         rows, columns = values.shape
         self.values, self.block, self.quantized = values, block, quantized
-        self.operand, self.scales = values, np.zeros((1, 1), np.float32)
+        self.operand, self.scales, self.corrections = values, np.zeros((1, 1), np.float32), None
         if quantized:
-            groups = columns // block * -(-block // GROUP) + -(-(columns % block) // GROUP)
-            self.operand = np.zeros((rows, groups * GROUP), np.float32)
-            self.scales = np.zeros((rows, groups), np.float32)
+            blocks, int8 = Blocks(columns, block), kernels() != "float"
+            self.operand = np.zeros((rows, blocks.padded), np.int8 if int8 else np.float32)
+            self.scales = np.zeros((rows, blocks.groups), np.float32)
+            self.corrections = np.zeros((rows, blocks.groups), np.int32) if int8 else None
 
     def prepare(self, rows: int) -> int:
         """Quantises the first rows; returns a kernel status."""
         if not self.quantized:
             return 0
-        return elementwise.quantize_rows(self.values, self.block, self.operand, self.scales, rows)
+        if self.corrections is None:
+            return elementwise.quantize_rows(self.values, self.block, self.operand, self.scales, rows)
+        return elementwise.quantize_rows_int8(self.values, self.block, self.operand, self.scales, self.corrections, rows)
 
 
 class _Linear:
@@ -51,7 +56,7 @@ class _Linear:
         self.sums = sums[: rows * width].reshape(rows, width)
 
     def _multiply(self, x: Activation, rows: int) -> None:
-        status = matmul.matmul(x.operand, x.scales, self.weights, self.sums, rows, self.threads)
+        status = matmul.matmul(x.operand, x.scales, self.weights, self.sums, rows, self.threads, x.corrections)
         self.faults.note(status, self.name, self.layer)
 
 

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llama_hpc.kernels.cpu.weights import allocated_bytes
 from llama_hpc.kernels.formats import Blocks, packed_bytes
-from llama_hpc.kernels.numerics import BLOCK, GROUP, down_block
+from llama_hpc.kernels.numerics import BLOCK, down_block
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.kv_cache import bytes_per_position
 from llama_hpc.model.shares import StageShare, TensorShare
-
-LANES = 16                      # rows that are interleaved in memory (kernels.cpu.matmul)
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,7 @@ def weight_bytes(config: ModelConfig, weights_format: str, stage: StageShare, sh
     """Bytes of one rank's matrices in memory, as the CPU kernels hold them."""
     total = 0
     for p in projections(config, stage, share):
-        rows = -(-p.rows // LANES) * LANES
-        groups = Blocks(p.columns, p.block).groups
-        # Besides its values a row has a scale, and its groups have factors.
-        total += rows * (4 + (4 * p.columns if weights_format == "f32" else groups * (GROUP + 4)))
+        total += allocated_bytes("q8" if p.table and weights_format != "f32" else weights_format, p.rows, Blocks(p.columns, p.block))
     return total
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.cpu import attention as attention_kernel
 from llama_hpc.kernels.cpu import elementwise
+from llama_hpc.kernels.cpu.int8_weights import ByteWeights
 from llama_hpc.kernels.cpu.matmul import LANES, IntegerWeights
 from llama_hpc.kernels.numerics import BLOCK, down_block
 from llama_hpc.model import rope
@@ -133,6 +134,9 @@ class TransformerStage:
         if isinstance(table, IntegerWeights):
             elementwise.integer_embedding(table.values, table.factors, table.row_scales, self.config.hidden_size, batch.tokens,
                                           first, table.rows, b.residual, batch.rows)
+        elif isinstance(table, ByteWeights):
+            elementwise.byte_embedding(table.values, table.factors, table.row_scales, self.config.hidden_size, batch.tokens,
+                                       first, table.rows, b.residual, batch.rows)
         else:
             elementwise.float_embedding(table.values, self.config.hidden_size, batch.tokens, first, table.rows, b.residual,
                                         batch.rows)

@@ -14,8 +14,8 @@ from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.errors import CheckpointError
 from llama_hpc.kernels import formats
 from llama_hpc.kernels.codebook import fit_codebook, sample_rows
-from llama_hpc.kernels.cpu import matmul
 from llama_hpc.kernels.cpu.quantize import quantize_q3_5, quantize_q8, row_maxima
+from llama_hpc.kernels.cpu.weights import allocate, fill
 from llama_hpc.kernels.numerics import BLOCK, INFINITY_BITS, down_block
 from llama_hpc.kernels.reference_quantize import LARGEST
 from llama_hpc.model.attention import AttentionWeights
@@ -152,10 +152,19 @@ class _Loader:
         whole = self.checkpoint.shape(name)[1]
         blocks = formats.Blocks(whole if columns is None else len(columns), block)
         parts: list = []
-        if weights_format == "f32":
-            weights = self._floats(name, rows, columns, blocks, parts)
-        else:
-            weights = self._integers(name, rows, columns, blocks, weights_format, parts)
+        codebook = self.codebooks.get(name)
+        weights = allocate(weights_format, len(rows), blocks, codebook)
+        maxima = self._whole_row_maxima(name, rows, columns) if codebook is not None and columns is not None else None
+        for first, values, own in self._chunks(name, rows, columns):
+            part = values
+            if codebook is not None:
+                row_maximum = own if maxima is None else maxima[first : first + len(values)]
+                part = quantize_q3_5(values, blocks, codebook, row_maximum, threads=self.threads)
+            elif weights_format == "q8":
+                part = quantize_q8(values, blocks, threads=self.threads)
+            fill(weights, first, part)
+            if self.hashes is not None:
+                parts.append(part)
         if self.hashes is not None:
             self._hash(name, rows, columns, parts)
         self.progress()
@@ -182,31 +191,6 @@ class _Loader:
             found = maxima[large[0]].view(np.float32)
             raise CheckpointError(f"{self.checkpoint.path}: {found:.3g} in tensor {name}, row {rows[large[0]]}; the file is "
                                   f"damaged, or needs --weights f32: {self.format} holds up to {LARGEST_WEIGHT:.0f}")
-
-    def _floats(self, name, rows, columns, blocks, parts) -> matmul.FloatWeights:
-        weights = matmul.empty_float_weights(len(rows), blocks.size, blocks.block)
-        for first, values, _ in self._chunks(name, rows, columns):
-            matmul.fill_float(weights, first, values)
-            if self.hashes is not None:
-                parts.append(values)
-        return weights
-
-    def _integers(self, name, rows, columns, blocks, weights_format, parts) -> matmul.IntegerWeights:
-        weights = matmul.empty_integer_weights(len(rows), blocks.groups, blocks.groups_per_block)
-        codebook = self.codebooks.get(name)
-        maxima = None
-        if codebook is not None and columns is not None:
-            maxima = self._whole_row_maxima(name, rows, columns)
-        for first, values, own in self._chunks(name, rows, columns):
-            if codebook is None:
-                packed = quantize_q8(values, blocks, threads=self.threads)
-            else:
-                row_maximum = own if maxima is None else maxima[first : first + len(values)]
-                packed = quantize_q3_5(values, blocks, codebook, row_maximum, threads=self.threads)
-            matmul.fill_integer(weights, first, *packed.unpack())
-            if self.hashes is not None:
-                parts.append(packed)
-        return weights
 
     def _whole_row_maxima(self, name: str, rows: range, columns: range) -> np.ndarray:
         """uint32 maxima of whole rows, of which this rank holds some columns. Collective over the tensor group."""
