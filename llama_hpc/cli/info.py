@@ -9,8 +9,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
     parser = subparsers.add_parser(
         "info", help="a model's shapes, and what each rank of a grid would hold",
-        description="A model's shapes, and what each rank of a grid would hold; reads no weights. Alone, it shows any grid; under "
-                    "mpirun or srun, the job's ranks with their hosts and cores.")
+        description="A model's shapes, and what each rank of a grid would hold; reads no weights. Alone, it shows any grid; "
+                    "under mpirun or srun, the job's ranks with their hosts and cores.")
     add_layout(parser)
     return parser
 
