@@ -78,8 +78,8 @@ def main() -> int:
         for grid in ("1x1x1", "1x1x2", "1x2x1", "1x1x4", "1x2x2"):
             for rank, (share, peak, allowed) in enumerate(measure(model, grid, "f32", Path(folder))):
                 failed += peak > allowed
-                print(f"grid {grid} rank {rank}: share {share / 1e6:7.1f} MB, peak {peak / 1e6:7.1f} MB, allowed {allowed / 1e6:7.1f} MB "
-                      f"{'ok' if peak <= allowed else 'TOO MUCH'}", flush=True)
+                print(f"grid {grid} rank {rank}: share {share / 1e6:7.1f} MB, peak {peak / 1e6:7.1f} MB, "
+                      f"allowed {allowed / 1e6:7.1f} MB {'ok' if peak <= allowed else 'TOO MUCH'}", flush=True)
     return 1 if failed else 0
 
 
