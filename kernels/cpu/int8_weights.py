@@ -14,8 +14,8 @@ _ORDER = np.array(PAIR_ORDER)
 
 @dataclass(frozen=True)
 class ByteWeights:
-    """``values`` int8 [tiles, groups * 8, 64], bit patterns of value + 128: 16 rows x 4 k; ``factors`` [tiles, groups, 16], float32 or
-    float16 bits (uint16); ``row_scales`` float32 [tiles * 16]."""
+    """``values`` int8 [tiles, groups * 8, 64], bit patterns of value + 128: 16 rows x 4 k; ``factors`` [tiles, groups, 16],
+    float32 or float16 bits (uint16); ``row_scales`` float32 [tiles * 16]."""
 
     values: np.ndarray
     factors: np.ndarray
@@ -40,8 +40,8 @@ class ByteWeights:
 
 @dataclass(frozen=True)
 class PairWeights:
-    """``codes`` int8 [tiles, groups, 224]: four times 64 codes of 7 bits, 16 rows x 4 pairs; ``indices`` int8 [tiles, groups, 8]: 4-bit
-    factor indices of 16 rows; ``table`` int8 [256]: first, then second values of the 128 pairs, offset by 128."""
+    """``codes`` int8 [tiles, groups, 224]: four times 64 codes of 7 bits, 16 rows x 4 pairs; ``indices`` int8 [tiles, groups, 8]:
+    4-bit factor indices of 16 rows; ``table`` int8 [256]: first, then second values of the 128 pairs, offset by 128."""
 
     codes: np.ndarray
     indices: np.ndarray

@@ -65,8 +65,8 @@ def _bytes_tile(zeros, x, x_scales, corrections, values, factors, row_scales, pe
 
 
 @njit(cache=True)
-def _block_tiles(zeros, x, x_scales, corrections, values, values_stride, factors, factors_stride, row_scales, count, first, groups,
-                 sums, tile, token):
+def _block_tiles(zeros, x, x_scales, corrections, values, values_stride, factors, factors_stride, row_scales, count, first,
+                 groups, sums, tile, token):
     """One reduction block, ``count`` groups from ``first`` on, of two tiles of 16 rows, for the tokens of a register tile.
 
     Bytes and factors of the block's groups start at index 0; those of the second tile lie a stride further.
@@ -161,8 +161,8 @@ def _bytes(x, x_scales, corrections, values, factors, row_scales, per_block, sum
             stop = min(start + per_block, groups)
             at = tile * groups + start
             faults += _block_tokens(x, x_scales, corrections, flat_values[at * STEPS * BYTES :], groups * STEPS * BYTES,
-                                    flat_factors[at * LANES :], groups * LANES, row_scales, stop - start, start, groups, sums, tile,
-                                    rows)
+                                    flat_factors[at * LANES :], groups * LANES, row_scales, stop - start, start, groups, sums,
+                                    tile, rows)
         tile += 2
     while tile < last:
         token = 0
@@ -180,8 +180,8 @@ def _bytes(x, x_scales, corrections, values, factors, row_scales, per_block, sum
 
 @njit(cache=True)
 def pairs_serial(x, x_scales, corrections, codes, indices, table, row_scales, per_block, sums, rows, values, factors):
-    return _pairs(x, x_scales, corrections, codes, indices, table, row_scales, per_block, sums, rows, 0, codes.shape[0], values[0],
-                  factors[0])
+    return _pairs(x, x_scales, corrections, codes, indices, table, row_scales, per_block, sums, rows, 0, codes.shape[0],
+                  values[0], factors[0])
 
 
 @njit(cache=True, parallel=True)

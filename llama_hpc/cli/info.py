@@ -62,6 +62,7 @@ def _show(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | None) 
 
 
 def _model_facts(checkpoint, weights: str) -> list[tuple[str, str]]:
+    from llama_hpc.kernels.cpu.target import kernels
     from llama_hpc.model.sizes import packed_bits, parameters
     config = checkpoint.config
     stored = sorted({checkpoint.dtype(name) for name in checkpoint.names()})
@@ -79,6 +80,7 @@ def _model_facts(checkpoint, weights: str) -> list[tuple[str, str]]:
         ("heads", f"{config.num_heads} query, {config.kv_heads} KV, head_dim {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size}{', embeddings tied' if config.tie_embeddings else ''}"),
         ("context", f"{config.context_length} tokens, RoPE {rope}, theta {config.rope.theta:g}"),
+        ("kernels here", kernels()),
         ("weights format", f"{weights}: {layers:.2f} bits a weight all in (layers), {everything:.2f} (all matrices)"),
     ]
     windows = sorted(set(config.windows) - {0})

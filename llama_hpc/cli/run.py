@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
         shape = grid_shape(args, comm.size)
         threads = default_threads(node.size, args.threads)
     numba_setup.configure(threads)
+    with agreed(comm, "choosing the kernels"):
+        numba_setup.check_kernels()
     from llama_hpc.engine.job import Job
     return Job(args, comm, node, threads, shape, params).run()
 

@@ -17,6 +17,7 @@ from llama_hpc.engine.replica import COUNTERS, FINISHED, TOKENS, BatchPlan, Repl
 from llama_hpc.engine.requests import read_requests
 from llama_hpc.engine.warmup import warm_up
 from llama_hpc.grid import Grid, GridShape
+from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import TransformerStage
@@ -89,8 +90,9 @@ class Job:
         config, weights = checkpoint.config, self.args.weights
         _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.args.model, config.family,
                   parameters(config) / 1e6, weights, packed_bits(config, weights)[1])
-        _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each, %d sequences a replica",
-                  grid.shape, self.comm.size, hosts, "s" * (hosts > 1), self.threads, "s" * (self.threads > 1), plan.sequences)
+        _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each (%s kernels), "
+                  "%d sequences a replica", grid.shape, self.comm.size, hosts, "s" * (hosts > 1), self.threads,
+                  "s" * (self.threads > 1), kernels(), plan.sequences)
 
     def _compile(self) -> None:
         """One rank of each node compiles into the disk cache while the others wait; then all load from there."""
@@ -157,7 +159,7 @@ class Job:
                 fingerprint: str) -> None:
         ranks = self.comm.gather({"host": hostname(), "data": grid.data_index, "stage": grid.stage, "tensor": grid.tensor_index,
                                   "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes,
-                                  "reductions": stage.reducer.calls, "answers": len(outputs)})
+                                  "reductions": stage.reducer.calls, "answers": len(outputs), "kernels": kernels()})
         gathered, hashes = self.comm.gather(outputs), self.comm.gather(self.hashes)
         if self.first:
             shape = grid.shape
@@ -166,6 +168,7 @@ class Job:
             self.facts |= {
                 "weights": self.args.weights, "seed": self.params.seed, "ranks": self.comm.size, "threads": self.threads,
                 "grid": {"data": shape.data, "pipeline": shape.pipeline, "tensor": shape.tensor},
+                "kernels": sorted({rank["kernels"] for rank in ranks}),
                 "hosts": sorted({rank["host"] for rank in ranks}), "rank_table": ranks,
                 "settings": settings | {"threads": self.threads, "grid": str(shape), "micro_batches": plan.micro_batches},
                 "end_time": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": seconds,

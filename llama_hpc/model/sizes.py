@@ -67,7 +67,8 @@ def weight_bytes(config: ModelConfig, weights_format: str, stage: StageShare, sh
     """Bytes of one rank's matrices in memory, as the CPU kernels hold them."""
     total = 0
     for p in projections(config, stage, share):
-        total += allocated_bytes("q8" if p.table and weights_format != "f32" else weights_format, p.rows, Blocks(p.columns, p.block))
+        kind = "q8" if p.table and weights_format != "f32" else weights_format
+        total += allocated_bytes(kind, p.rows, Blocks(p.columns, p.block))
     return total
 
 

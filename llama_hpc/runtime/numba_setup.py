@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from llama_hpc.errors import UsageError
+
 
 def configure(threads: int) -> None:
     """Prepares the environment for ``threads`` worker threads. Call before anything imports Numba; no effect later.
@@ -46,3 +48,12 @@ def _sources_hash() -> str:
     for source in sorted(folder.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def check_kernels() -> None:
+    """Raises UsageError where LLAMA_HPC_KERNELS asks for kernels that this processor cannot run. Imports Numba."""
+    from llama_hpc.kernels.cpu.target import kernels
+    try:
+        kernels()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
