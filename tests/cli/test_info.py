@@ -49,7 +49,7 @@ def test_smollm2(capsys):
         "family": "llama", "parameters": "134.5 M", "layers": "30", "hidden_size": "576", "intermediate_size": "1536",
         "heads": "9 query, 3 KV, head_dim 64", "vocabulary": "49152, embeddings tied",
         "context": "8192 tokens, RoPE default, theta 100000",
-        "weights format": "q8: 8.50 bits a weight all in (layers), 8.50 (all matrices)",
+        "kernels here": kernels(), "weights format": "q8: 8.50 bits a weight all in (layers), 8.50 (all matrices)",
     }
     assert grid == "grid 1x1x1 (replicas x stages x tensor ranks), 2 sequences of 1024 tokens a replica:"
     (row,) = rows
