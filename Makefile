@@ -1,6 +1,7 @@
 # make demo          four MPI ranks answer a handful of prompts with a small model
 # make test          lint and all tests, under Open MPI and MPICH
 # make test-layouts  every grid, format, batch size and MPI against one rank: about half an hour on two cores
+# make test-memory   the memory of every rank on a random model of 4.4 GB
 # make lint          ruff only
 # make clean         remove what these made
 #
@@ -10,16 +11,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Open MPI on any machine: allow root (containers) and more ranks than cores; talk through shared memory and TCP only
-# and leave out UCX, which saves a second at every start where there is no fast network. A cluster's own MPI is set up
-# for its network: do not take these lines into job scripts.
+# Open MPI on any machine: allow root (containers) and more ranks than cores, of which waiting ones give way; talk through
+# shared memory and TCP only and leave out UCX, which saves a second at every start where there is no fast network. A
+# cluster's own MPI is set up for its network: do not take these lines into job scripts.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_btl := self,sm,tcp
 export OMPI_MCA_osc := ^ucx
+export OMPI_MCA_mpi_yield_when_idle := 1
 
-.PHONY: demo test test-layouts lint clean
+.PHONY: demo test test-layouts test-memory lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/mpirun -n 4 $(BIN)/llama-hpc run smollm2 --prompts jobs/prompts.jsonl --output demo.h5 --overwrite \
@@ -31,6 +33,9 @@ test: lint $(VENV)/mpich/installed
 
 test-layouts: $(VENV)/mpich/installed
 	$(BIN)/python tests/mpi/campaign.py
+
+test-memory: $(VENV)/installed
+	$(BIN)/python tests/mpi/memory.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

@@ -15,8 +15,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import _mpirun
 from layouts import ALONE, GRIDS, WEIGHTS, Layout, Run, make_models, perform
+from mpi_jobs import mpirun
 
 LAYOUTS = (
     *(Layout(grid) for grid in GRIDS),
@@ -52,7 +52,7 @@ def _compare(runs: list[Run], folder: Path) -> Counter:
         line = (f"{run.model.name:11} {run.weights:7} {layout.grid:6} {layout.threads:7} {layout.max_seqs:8} "
                 f"{layout.prefill_chunk:5} {layout.mpi:7}")
         try:
-            found = perform(_mpirun, run, folder)
+            found = perform(mpirun, run, folder)
         except (AssertionError, pytest.fail.Exception) as error:
             states["FAILED"] += 1
             print(f"{line}          FAILED\n{error}", flush=True)

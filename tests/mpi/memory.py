@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import _mpirun
+from mpi_jobs import mpirun
 from reference_models import write_random_llama
 
 from llama_hpc.engine.layout import rank_shares
@@ -61,7 +61,7 @@ def measure(folder: Path, grid: str, weights: str, work: Path) -> list[tuple[int
     shape = GridShape.parse(grid)
     sampler = Sampler(str(output))
     sampler.start()
-    job = _mpirun(shape.size, ["-m", "llama_hpc", "run", folder, "--prompts", prompts, "--output", output, "--grid", grid,
+    job = mpirun(shape.size, ["-m", "llama_hpc", "run", folder, "--prompts", prompts, "--output", output, "--grid", grid,
                                "--weights", weights, "--max-tokens", 4], timeout=300)
     sampler.stop()
     if job.returncode:
