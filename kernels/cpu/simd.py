@@ -250,3 +250,14 @@ def tile_add_fixed(typing_context, tile, row_scales, sums, offset, stride, fixed
         return within
     signature = types.boolean(tile, vector, sums, types.intp, types.intp, types.float32, types.float32)
     return signature, codegen
+
+
+@intrinsic
+def tile_sum(typing_context, tile):
+    """The sum of a tile's vectors, lane by lane, first token first."""
+    def codegen(context, builder, signature, arguments):
+        total = builder.extract_value(arguments[0], 0)
+        for t in range(1, tile.tokens):
+            total = builder.fadd(total, builder.extract_value(arguments[0], t))
+        return total
+    return vector(tile), codegen
