@@ -86,15 +86,21 @@ def quantize_rows(x, block, out, scales, rows):
 
 @njit(cache=True, error_model="numpy")
 def quantize_rows_int8(x, block, out, scales, corrections, rows):
-    """As ``quantize_rows`` into int8 in the order of the int8 products, with corrections[r, group] = -128 * the group's sum."""
+    """As ``quantize_rows``, for the int8 products: by reduction block, in their order of k, with -128 * each group's sum.
+
+    out is int8 [blocks, capacity, groups of a block * 32], scales float32 and corrections int32 [blocks, capacity, groups of
+    a block].
+    """
     k_end = x.shape[1]
     for r in range(rows):
         row = x[r]
         bits = row.view(np.int32)
-        group = 0
-        for start in range(0, k_end, block):
-            stop = min(start + block, k_end)
-            for first in range(start, stop, GROUP):
+        for b in range(out.shape[0]):
+            stop = min((b + 1) * block, k_end)
+            for group in range(scales.shape[2]):
+                first = b * block + group * GROUP
+                if first >= stop:
+                    break
                 last = min(first + GROUP, stop)
                 largest = _largest_magnitude(bits, first, last)
                 if largest >= INFINITY_BITS:
@@ -102,14 +108,13 @@ def quantize_rows_int8(x, block, out, scales, corrections, rows):
                 amax = float_from_bits(largest)
                 small = amax < TINY
                 inverse = np.float32(0) if small else _Q / amax
-                scales[r, group] = np.float32(0) if small else amax / _Q
+                scales[b, r, group] = np.float32(0) if small else amax / _Q
                 total = np.int32(0)
                 for i in range(GROUP):
                     value = np.int32(rint(row[first + i] * inverse)) if first + i < last else np.int32(0)
                     total += value
-                    out[r, group * GROUP + i // 8 * 8 + i % 2 * 4 + i % 8 // 2] = value
-                corrections[r, group] = np.int32(-128) * total
-                group += 1
+                    out[b, r, group * GROUP + i // 8 * 8 + i % 2 * 4 + i % 8 // 2] = value
+                corrections[b, r, group] = np.int32(-128) * total
     return OK
 
 

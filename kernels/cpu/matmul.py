@@ -106,11 +106,11 @@ def matmul(x, x_scales, weights, sums, rows: int, threads: int = 1, corrections=
     elif isinstance(weights, PairWeights):
         run = matmul_int8.pairs_parallel if threads > 1 else matmul_int8.pairs_serial
         faults = run(x, x_scales, corrections, weights.codes, weights.indices, weights.table, weights.row_scales,
-                     weights.groups_per_block, sums, rows, *_scratch(threads))
+                     sums, rows, *_decoded(threads), _totals(threads, rows))
     elif isinstance(weights, ByteWeights):
         run = matmul_int8.bytes_parallel if threads > 1 else matmul_int8.bytes_serial
-        faults = run(x, x_scales, corrections, weights.values, weights.factors, weights.row_scales, weights.groups_per_block,
-                     sums, rows, threads)
+        faults = run(x, x_scales, corrections, weights.values, weights.factors, weights.row_scales, sums, rows,
+                     _totals(threads, rows))
     else:
         run = _integer_parallel if threads > 1 else _integer_serial
         faults = run(x, x_scales, weights.values, weights.factors, weights.row_scales, weights.groups_per_block, sums,
@@ -119,11 +119,22 @@ def matmul(x, x_scales, weights, sums, rows: int, threads: int = 1, corrections=
 
 
 @cache
-def _scratch(threads: int) -> tuple[np.ndarray, np.ndarray]:
+def _decoded(threads: int) -> tuple[np.ndarray, np.ndarray]:
     """Room for one decoded reduction block of two tiles, for each thread: bytes and float factors."""
     groups = 2 * BLOCK // GROUP
     steps = groups * matmul_int8.STEPS * matmul_int8.BYTES
     return np.empty((threads, steps), np.int8), np.empty((threads, groups * LANES), np.float32)
+
+
+_totals_of_threads: dict[int, np.ndarray] = {}
+
+
+def _totals(threads: int, rows: int) -> np.ndarray:
+    """int64 scratch of at least [threads, rows * 32], kept and grown."""
+    totals = _totals_of_threads.get(threads)
+    if totals is None or totals.shape[1] < rows * matmul_int8.WIDTH:
+        totals = _totals_of_threads[threads] = np.empty((threads, rows * matmul_int8.WIDTH), np.int64)
+    return totals
 
 
 @njit(cache=True)

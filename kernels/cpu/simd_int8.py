@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from .simd import _I8, _I32, _I64, _V32, _VF, LANES, _constant, _declare, _element, _fma, _pointer, _splat, vector
+from .simd import _F32, _I8, _I32, _I64, _V32, _VF, LANES, _constant, _declare, _element, _fma, _pointer, _splat, vector
 
 _VB = ir.VectorType(_I8, 64)
 
@@ -179,6 +179,57 @@ def tile_fma_counts(typing_context, tile, counts, part, factors, scales, offset,
             result = builder.insert_value(result, _fma(builder, dots, scale, builder.extract_value(result, t)), t)
         return result
     return tile(tile, counts, part, vector, scales, types.intp, types.intp), codegen
+
+
+@intrinsic
+def no_bits(typing_context):
+    """Sixteen zeros, the start of ``tile_add_totals``."""
+    bits = Counts(1)
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(context.get_value_type(bits), [[0] * LANES])
+    return bits(), codegen
+
+
+@intrinsic
+def tile_add_totals(typing_context, tile, scales, totals, offset, stride, largest):
+    """totals[offset + t * stride …+ 16] (int64) += rint(tile[t] * scales) for every token t.
+
+    ``scales`` are row scales times 2**32: a power of two commutes with rounding. Returns ``largest``, in each lane the
+    highest absolute bit pattern of the products, raised by these; a product out of range adds anything.
+    """
+    def codegen(context, builder, signature, arguments):
+        values, scales, array, offset, stride, largest = arguments
+        half, wide = ir.VectorType(_F32, LANES // 2), ir.VectorType(_I64, LANES // 2)
+        convert = _declare(builder, "llvm.x86.avx512.mask.cvtps2qq.512", wide, [half, wide, _I8, _I32])
+        highest = _declare(builder, "llvm.umax.v16i32", _V32, [_V32, _V32])
+        zeros, everything, nearest = ir.Constant(wide, [0] * (LANES // 2)), ir.Constant(_I8, -1), ir.Constant(_I32, 4)
+        bits = builder.extract_value(largest, 0)
+        for t in range(tile.tokens):
+            product = builder.fmul(builder.extract_value(values, t), scales)
+            magnitude = builder.and_(builder.bitcast(product, _V32), _constant(_V32, 0x7FFFFFFF))
+            bits = builder.call(highest, [bits, magnitude])
+            for part in range(2):
+                lanes = ir.Constant(ir.VectorType(_I32, LANES // 2), [part * LANES // 2 + i for i in range(LANES // 2)])
+                eight = builder.shuffle_vector(product, ir.Constant(_VF, ir.Undefined), lanes)
+                whole = builder.call(convert, [eight, zeros, everything, nearest])
+                index = builder.add(offset, ir.Constant(offset.type, part * LANES // 2))
+                address = builder.bitcast(_element(context, builder, totals, array, index, stride, t), wide.as_pointer())
+                old = builder.load(address)
+                old.align = 8
+                builder.store(builder.add(old, whole), address).align = 8
+        return builder.insert_value(largest, bits, 0)
+    return largest(tile, vector, totals, types.intp, types.intp, largest), codegen
+
+
+@intrinsic
+def all_below(typing_context, bits, limit):
+    """Whether all lanes of ``tile_add_totals``' result are below a bit pattern, int32."""
+    def codegen(context, builder, signature, arguments):
+        lanes, limit = arguments
+        below = builder.icmp_unsigned("<", builder.extract_value(lanes, 0), _splat32(builder, limit))
+        mask = builder.bitcast(below, ir.IntType(LANES))
+        return builder.icmp_unsigned("==", mask, ir.Constant(ir.IntType(LANES), 2**LANES - 1))
+    return types.boolean(bits, types.int32), codegen
 
 
 @intrinsic

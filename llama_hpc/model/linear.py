@@ -10,6 +10,7 @@ from llama_hpc.kernels.cpu.int8_weights import ByteWeights, PairWeights
 from llama_hpc.kernels.cpu.matmul import FloatWeights, IntegerWeights
 from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.formats import Blocks
+from llama_hpc.kernels.numerics import GROUP
 from llama_hpc.model.faults import Faults
 
 NO_BIAS = np.zeros(0, np.float32)
@@ -35,9 +36,13 @@ class Activation:
         self.operand, self.scales, self.corrections = values, np.zeros((1, 1), np.float32), None
         if quantized:
             blocks, int8 = Blocks(columns, block), kernels() != "float"
-            self.operand = np.zeros((rows, blocks.padded), np.int8 if int8 else np.float32)
-            self.scales = np.zeros((rows, blocks.groups), np.float32)
-            self.corrections = np.zeros((rows, blocks.groups), np.int32) if int8 else None
+            if int8:
+                shape = blocks.n_blocks, rows, blocks.groups_per_block
+                self.operand = np.zeros((*shape[:2], shape[2] * GROUP), np.int8)
+                self.scales, self.corrections = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+            else:
+                self.operand = np.zeros((rows, blocks.padded), np.float32)
+                self.scales = np.zeros((rows, blocks.groups), np.float32)
 
     def prepare(self, rows: int) -> int:
         """Quantises the first rows; returns a kernel status."""

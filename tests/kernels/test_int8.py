@@ -42,8 +42,9 @@ def float_sums(part, x):
 
 
 def int8_operand(x, blocks):
-    operand, scales = np.empty((len(x), blocks.padded), np.int8), np.empty((len(x), blocks.groups), np.float32)
-    corrections = np.empty((len(x), blocks.groups), np.int32)
+    shape = blocks.n_blocks, len(x) + 3, blocks.groups_per_block
+    operand = np.full((*shape[:2], shape[2] * 32), 99, np.int8)
+    scales, corrections = np.full(shape, np.nan, np.float32), np.full(shape, 99, np.int32)
     assert elementwise.quantize_rows_int8(x, blocks.block, operand, scales, corrections, len(x)) == OK
     return operand, scales, corrections
 
@@ -91,13 +92,12 @@ def test_values_out_of_range_are_told(weights_format, layout, kernels, tokens):
     operand, scales, corrections = int8_operand(normal((tokens, 64), 2, 1e8), blocks)
     sums = np.empty((tokens, 32), np.int64)
     assert matmul.matmul(operand, scales, weights, sums, tokens, 1, corrections) == OUT_OF_RANGE
-    assert (np.abs(sums) < 2**52).all()
 
 
 def test_activations_that_are_not_finite_are_told():
     x = normal((2, 64))
     x[1, 40] = np.nan
-    arguments = np.empty((2, 64), np.int8), np.empty((2, 2), np.float32), np.empty((2, 2), np.int32)
+    arguments = np.empty((1, 2, 64), np.int8), np.empty((1, 2, 2), np.float32), np.empty((1, 2, 2), np.int32)
     assert elementwise.quantize_rows_int8(x, 64, *arguments, 2) == NOT_FINITE
 
 
