@@ -144,6 +144,10 @@ def cos_sin(turns):
 def rope_table(turns_per_position, positions: int, scale: float = 1.0):
     """cos and sin tables, float32 [positions, head_dim / 2], from uint64 turns a position; ``scale`` multiplies both (YaRN)."""
     steps = np.asarray(turns_per_position, np.uint64)
-    angles = np.arange(positions, dtype=np.uint64)[:, None] * steps[None, :]
-    cosine, sine = cos_sin(angles)
-    return cosine * np.float32(scale), sine * np.float32(scale)
+    cosines, sines = np.empty((positions, len(steps)), np.float32), np.empty((positions, len(steps)), np.float32)
+    # In pieces: the float64 steps on the way take many times the memory of the tables.
+    for first in range(0, positions, 1024):
+        part = slice(first, min(first + 1024, positions))
+        c, s = cos_sin(np.arange(part.start, part.stop, dtype=np.uint64)[:, None] * steps)
+        cosines[part], sines[part] = c * np.float32(scale), s * np.float32(scale)
+    return cosines, sines

@@ -9,7 +9,8 @@ import os
 from functools import cache
 
 KERNELS = ("vbmi", "vnni", "float")
-_NEEDED = {"vbmi": ("avx512vbmi", "avx512vnni", "avx512bw", "avx512vl"), "vnni": ("avx512vnni", "avx512bw", "avx512vl")}
+_VNNI = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+_NEEDED = {"vbmi": (*_VNNI, "avx512vbmi"), "vnni": _VNNI}
 
 
 def features() -> frozenset[str]:

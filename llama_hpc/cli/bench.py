@@ -32,9 +32,14 @@ def main(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
+    from llama_hpc.errors import UsageError
     from llama_hpc.runtime import numba_setup
+    from llama_hpc.runtime.launch import expected_tasks
     from llama_hpc.runtime.provenance import collect
     from llama_hpc.runtime.topology import available_cores
+    if (expected_tasks() or 1) > 1:
+        raise UsageError(f"bench kernels measures one process, but {expected_tasks()} were started; run it without mpirun")
+    Path(args.output).write_text("", encoding="utf-8")
     threads = args.threads or sorted({1, available_cores()})
     numba_setup.configure(max(threads))
     numba_setup.check_kernels()
@@ -49,7 +54,8 @@ def main(args: argparse.Namespace) -> int:
                 for count in threads:
                     found.append(measure(weights, columns, rows, tokens, count, args.rounds))
                     print("".join(cell.rjust(14) for cell in found[-1].as_row()), flush=True)
-    Path(args.output).write_text(json.dumps({**collect(), "kernels": kernels(), "results": as_json(found)}, indent=2) + "\n")
+    report = {**collect(), "kernels": kernels(), "results": as_json(found)}
+    Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"written to {args.output}")
     return 0
 

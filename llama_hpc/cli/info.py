@@ -4,6 +4,8 @@ import argparse
 
 from llama_hpc.cli.options import add_layout, grid_shape
 
+USUAL_LENGTH = 2048             # tokens of a sequence for which cache is shown, unless --max-seq-len says another number
+
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
@@ -17,6 +19,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Collective over the world; the first rank prints. Returns 0; errors are exceptions."""
+    from llama_hpc.runtime import numba_setup
     from llama_hpc.runtime.abort import agreed, on_first
     from llama_hpc.runtime.launch import check_world, world
     from llama_hpc.runtime.topology import available_cores, hostname
@@ -25,28 +28,33 @@ def main(args: argparse.Namespace) -> int:
     hosts = comm.gather((hostname(), available_cores()))
     with agreed(comm, "reading the command line"):
         shape = grid_shape(args, comm.size if comm.size > 1 else None)
+        numba_setup.configure(1)
+        numba_setup.check_kernels()
     on_first(comm, _show, args, shape, hosts)
     return 0
 
 
 def _show(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | None) -> None:
     from llama_hpc.engine.layout import auto_grid, rank_shares
+    from llama_hpc.engine.prepare import check_max_seq_len
     from llama_hpc.grid import GridShape
     from llama_hpc.model.shares import check_grid
     from llama_hpc.runtime.topology import available_memory
     from llama_hpc.weights.checkpoint import open_checkpoint
     checkpoint = open_checkpoint(args.model)
     config = checkpoint.config
-    length = min(args.max_seq_len or config.context_length, config.context_length)
+    check_max_seq_len(args.max_seq_len, config)
+    length = args.max_seq_len or min(config.context_length, USUAL_LENGTH)
+    if shape is not None:
+        check_grid(config, shape)
+    for name, value in _model_facts(checkpoint, args.weights):
+        print(f"{name:<20}{value}", flush=True)
     if shape is None and len(hosts) > 1:
         # Hosts may differ in ranks; this one stands for all.
         here = sum(host == hosts[0] for host in hosts)
         shape = auto_grid(config, args.weights, len(hosts), here, available_memory() // here, len(hosts) * args.max_seqs,
                           args.max_seqs, length)
     shape = shape or GridShape(1, 1, 1)
-    check_grid(config, shape)
-    for name, value in _model_facts(checkpoint, args.weights):
-        print(f"{name:<20}{value}")
     ranks = rank_shares(config, args.weights, shape, args.max_seqs * length)
     print(f"\ngrid {shape} (replicas x stages x tensor ranks), {args.max_seqs} sequences of {length} tokens a replica:\n")
     # A run orders its ranks by node, nodes by their first rank.

@@ -26,12 +26,10 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
                         help="replicas x pipeline stages x tensor ranks, or auto (default): as many replicas as memory allows")
     for name, meaning in (("data", "replicas"), ("pipeline", "pipeline stages"), ("tensor", "tensor ranks")):
         layout.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{meaning}, instead of --grid")
-    layout.add_argument("--threads", type=whole(1, 4096), metavar="N",
-                        help="threads of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores)")
     layout.add_argument("--max-seqs", type=whole(1), default=16, metavar="N",
                         help="sequences that a replica answers at a time (default: %(default)s)")
     layout.add_argument("--max-seq-len", type=whole(2), metavar="N",
-                        help="limit of prompt and answer together, in tokens (default: the model's context)")
+                        help="limit of prompt and answer together, in tokens (default: the model's context; info: at most 2048)")
 
 
 def grid_shape(args: argparse.Namespace, ranks: int | None):

@@ -32,6 +32,7 @@ from llama_hpc.weights.fingerprint import chunk_list, combine, content_files, ha
 from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
 
 _LOG = logging.getLogger(__name__)
+_MANY_PIECES = 32               # of 64 MiB: hashing so many takes seconds
 _POLL = 0.2                     # seconds between looks at the shared counters
 
 
@@ -126,9 +127,14 @@ class Job:
         """The content hash of the model's files, pieces dealt to the ranks."""
         with agreed(self.comm, "hashing the model"):
             chunks = chunk_list(content_files(checkpoint))
-            own = [hash_chunk(chunk) for chunk in chunks[self.comm.rank :: self.comm.size]]
-        dealt = self.comm.allgather(own)
-        return combine(dealt[i % self.comm.size][i // self.comm.size] for i in range(len(chunks)))
+            dealt = chunks[self.comm.rank :: self.comm.size]
+            own = []
+            with Progress(len(dealt), "pieces", "hashing the model", show=self.first and len(dealt) >= _MANY_PIECES) as progress:
+                for chunk in dealt:
+                    own.append(hash_chunk(chunk))
+                    progress.update()
+        digests = self.comm.allgather(own)
+        return combine(digests[i % self.comm.size][i // self.comm.size] for i in range(len(chunks)))
 
     def _answer(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], checkpoint: Checkpoint
                 ) -> tuple[list[Output], float]:

@@ -41,8 +41,8 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
               max_seqs: int, max_seq_len: int) -> GridShape:
     """As many replicas as memory allows, each of the fewest ranks that hold the model and its cache.
 
-    Tensor ranks are preferred to stages, and never span nodes. ``memory_per_rank`` is in bytes. Raises UsageError when no grid of
-    this many ranks holds the model.
+    Tensor ranks are preferred to stages, and do not span nodes of ``ranks_per_node`` ranks each. ``memory_per_rank`` is in
+    bytes. Raises UsageError when no grid of this many ranks holds the model.
     """
     budget = int(memory_per_rank * USABLE) - OVERHEAD
     needs = []

@@ -18,9 +18,8 @@ def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len
     does not fit, ids outside the vocabulary, text where the model has no tokenizer, and messages that no chat template
     takes.
     """
+    check_max_seq_len(max_seq_len, config)
     limit = max_seq_len or config.context_length
-    if limit > config.context_length:
-        raise UsageError(f"--max-seq-len {limit} is longer than the model's context of {config.context_length}")
     ready, texts = [], []
     for request in requests:
         ids, text = _tokens(request, tokenizer)
@@ -31,6 +30,12 @@ def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len
         texts.append(text)
     check_positions(config, longest(ready))
     return ready, texts
+
+
+def check_max_seq_len(max_seq_len: int | None, config: ModelConfig) -> None:
+    """Raises UsageError for a limit beyond the model's context."""
+    if max_seq_len is not None and max_seq_len > config.context_length:
+        raise UsageError(f"--max-seq-len {max_seq_len} is longer than the model's context of {config.context_length}")
 
 
 def _tokens(request: Request, tokenizer) -> tuple[list[int], str | None]:

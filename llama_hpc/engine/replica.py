@@ -12,7 +12,7 @@ from llama_hpc.comm.pipeline import StageChannel
 from llama_hpc.engine.answers import Answer, ReadyRequest, Sampler
 from llama_hpc.engine.batching import MicroBatch
 from llama_hpc.grid import Grid
-from llama_hpc.model.faults import error_of
+from llama_hpc.model.faults import NONE, error_of
 from llama_hpc.model.transformer import TransformerStage
 from llama_hpc.results.schema import Output
 
@@ -104,8 +104,8 @@ class Replica:
         return True
 
     def _fault(self, code: int):
+        # The leader ends the job: exchanges of other micro-batches, and other replicas, are still under way.
         error = error_of(code)
-        error.collective = self.grid.shape.data == 1
         error.reported_elsewhere = not self.grid.is_leader
         return error
 
@@ -161,8 +161,8 @@ class LogitsGather:
         """(float32 [rows, vocab_size], fault code); on other ranks without meaning."""
         if self.comm.size == 1:
             return self.stage.logits[:rows], self.stage.faults.code
-        self._fault[0] = self.stage.faults.code
-        self.comm.Allreduce(MPI.IN_PLACE, self._fault, op=MPI.MAX)
+        self._fault[0] = self.stage.faults.code or NONE
+        self.comm.Allreduce(MPI.IN_PLACE, self._fault, op=MPI.MIN)
         if rows:
             counts = [rows * len(r) for r in self._ranges]
             self.comm.Gatherv(self.stage.logits[:rows], (self._parts, counts) if self.comm.rank == 0 else None)
@@ -172,4 +172,4 @@ class LogitsGather:
                 size = rows * len(held)
                 self._whole[:rows, held.start : held.stop] = self._parts[start : start + size].reshape(rows, len(held))
                 start += size
-        return self._whole[:rows], int(self._fault[0])
+        return self._whole[:rows], int(self._fault[0]) % NONE

@@ -6,10 +6,12 @@ from llama_hpc.kernels.numerics import NOT_FINITE
 TENSORS = ("embedding", "attention_norm", "q", "k", "v", "q_norm", "k_norm", "attention", "o", "mlp_norm", "gate", "up", "down",
            "final_norm", "head")
 _NO_LAYER = ("embedding", "final_norm", "head")
+_BEHIND = 1 << 20               # the layer number of what comes after all layers
+NONE = 2**62                    # what a rank without a fault gives to a minimum over ranks
 
 
 class Faults:
-    """The first fault of this rank since ``clear``, as one integer: 0, or layer, tensor and reason."""
+    """The first fault of this rank since ``clear``, as one integer: 0, or layer, tensor and reason, ascending with the layer."""
 
     def __init__(self):
         self.code = 0
@@ -20,6 +22,7 @@ class Faults:
     def note(self, status: int, tensor: str, layer: int = 0) -> None:
         """Keeps a kernel's status unless it is OK or something was noted before."""
         if status and not self.code:
+            layer = _BEHIND if tensor in ("final_norm", "head") else layer
             self.code = (layer << 16) | (TENSORS.index(tensor) << 8) | status
 
     def merge(self, code: int) -> None:

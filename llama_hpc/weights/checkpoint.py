@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError, UsageError
+from ..kernels.numerics import BLOCK, MAX_BLOCKS
 from ..model.config import ModelConfig
 from .gguf_config import INTERLEAVED, ROPE_FACTORS, read_gguf_config
 from .gguf_reader import read_files
@@ -151,6 +152,10 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _check_config(config: ModelConfig, where: Path) -> None:
     if config.num_heads % config.kv_heads:
         raise CheckpointError(f"{where}: {config.num_heads} query heads cannot share {config.kv_heads} KV heads evenly")
+    widest = max(config.hidden_size, config.intermediate_size)
+    if widest > MAX_BLOCKS * BLOCK or config.num_heads > MAX_BLOCKS:
+        raise CheckpointError(f"{where}: {widest} channels and {config.num_heads} heads; sums are exact up to "
+                              f"{MAX_BLOCKS * BLOCK} channels and {MAX_BLOCKS} heads")
     if config.head_dim > 256:
         raise CheckpointError(f"{where}: head_dim {config.head_dim} is not supported, 256 is the largest")
     if config.head_dim % 2:

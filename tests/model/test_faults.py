@@ -4,7 +4,7 @@ import pytest
 
 from llama_hpc.errors import NumericsError
 from llama_hpc.kernels.numerics import NOT_FINITE, OK, OUT_OF_RANGE
-from llama_hpc.model.faults import TENSORS, Faults, error_of
+from llama_hpc.model.faults import NONE, TENSORS, Faults, error_of
 
 REASONS = {NOT_FINITE: "NaN or infinity", OUT_OF_RANGE: "beyond the range of exact sums"}
 
@@ -44,9 +44,10 @@ def test_a_fault_of_an_earlier_stage_is_taken_over():
     assert later.code == 0
 
 
-def test_every_fault_is_positive_as_an_integer_of_64_bits():
-    """Tensor ranks agree by a maximum, and 0 stands for none."""
-    for tensor in TENSORS:
+def test_the_minimum_over_tensor_ranks_is_the_first_fault():
+    codes = []
+    for tensor, layer in (("embedding", 0), ("down", 3), ("q", 10), ("up", 10), ("final_norm", 0), ("head", 0)):
         faults = Faults()
-        faults.note(NOT_FINITE, tensor, 9999)
-        assert 0 < faults.code < 2**63
+        faults.note(NOT_FINITE, tensor, layer)
+        codes.append(faults.code)
+    assert codes == sorted(codes) and codes[0] > 0 and codes[-1] < NONE
