@@ -1,13 +1,16 @@
 """Weight formats: how quantised weights [N, K] are cut into groups, held in memory and laid out as bytes.
 
 A weight is value x factor x row scale: an int8 value, a factor for each group of 32 consecutive k, and for ``q3_5``
-one float16 scale a row. ``q8`` stores the values and a float16 factor a group. ``q3_5`` stores pairs: two neighbouring
-weights share one 7-bit index into the tensor's codebook of 128 pairs, and a group's factor is a 4-bit index into
-``FACTORS``. Groups start afresh in each reduction block, and gaps at block ends hold zeros.
+one float16 scale a row. ``q8`` and ``q4`` store the values, of 8 and 4 bits, and a float16 factor a group. ``q3_5``
+stores pairs: two neighbouring weights share one 7-bit index into the tensor's codebook of 128 pairs, and a group's
+factor is a 4-bit index into ``FACTORS``. Groups start afresh in each reduction block, and gaps at block ends hold zeros.
+``f16`` and ``f32`` are plain arrays [N, K] without groups.
 
 Canonical bytes, row order, little-endian, whatever the layout of the program that made them:
 
 - ``q8``: int8 values [N, groups, 32], then float16 factors [N, groups];
+- ``q4``: nibbles [N, groups, 16], a value -8 … 7 as value + 8, that of an even k in the low and that of the odd k
+  behind it in the high four bits of a byte; then float16 factors [N, groups], of either sign;
 - ``q3_5``: int8 codebook [128, 2], float16 row scales [N], factor indices [N, ceil(groups / 2)] (the even group in the
   low four bits; the high four bits of an odd row's last byte are zero), codes [N, groups, 14].
 """
@@ -25,7 +28,17 @@ PAIRS = GROUP // 2              # pairs of weights in a group
 CODE_BITS = 7
 CODE_BYTES = PAIRS * CODE_BITS // 8
 CODEBOOK_SIZE = 1 << CODE_BITS
-_SHIFTS = CODE_BITS * np.arange(8, dtype=np.uint64)     # eight 7-bit fields are seven bytes
+NIBBLE_ZERO = 8                 # the nibble of value 0 in q4
+# The largest magnitude that a format can hold; f16 numbers and the scales of quantised formats are float16. The value
+# +8 does not exist in q4.
+LARGEST_WEIGHT = {"q8": 127 * 65504, "q4": 7 * 65504, "q3_5": 127 * 65504, "f16": 65504}
+# Eight 7-bit fields are seven bytes. They become bytes in three steps, each of which parts fields in two: a mask of the
+# lower halves, one of the upper halves, and how far these move.
+_SPREAD = tuple((np.uint64(low), np.uint64(high), np.uint64(shift)) for low, high, shift in (
+    (0x000000000FFFFFFF, 0x00FFFFFFF0000000, 4),
+    (0x00003FFF00003FFF, 0x0FFFC0000FFFC000, 2),
+    (0x007F007F007F007F, 0x3F803F803F803F80, 1),
+))
 
 # (-1)**j * 2**(0.2 - 0.055 j - 0.005 j**2). The steps are finest where most groups lie, a little below the row's
 # maximum, and reach a quarter of it for rows with outliers. The alternating sign makes the codebook and its mirror
@@ -51,8 +64,15 @@ class QuantizedKind:
 
 FORMATS = {kind.name: kind for kind in (
     QuantizedKind("q8", GROUP, 16, 0, 0),
+    QuantizedKind("q4", GROUP // 2, 16, 0, 0),
     QuantizedKind("q3_5", CODE_BYTES, 4, 16, 2 * CODEBOOK_SIZE),
 )}
+PLAIN_BYTES = {"f32": 4, "f16": 2}      # of a weight, in formats without groups
+
+
+def table_format(weights_format: str) -> str:
+    """The format of the embedding and output head of a model in a format: quantised models keep them in ``q8``."""
+    return weights_format if weights_format in PLAIN_BYTES else "q8"
 
 
 @dataclass(frozen=True)
@@ -109,8 +129,9 @@ class Blocks:
 def pack_codes(indices: np.ndarray) -> np.ndarray:
     """uint8 [..., 16] indices below 128 to uint8 [..., 14]: little-endian 7-bit fields, pair 0 in the lowest bits."""
     indices = np.asarray(indices)
-    fields = indices.reshape(-1, 8).astype("<u8") << _SHIFTS
-    words = np.bitwise_or.reduce(fields, axis=1)
+    words = np.ascontiguousarray(indices, np.uint8).reshape(-1).view("<u8")
+    for low, high, shift in reversed(_SPREAD):
+        words = words & low | words >> shift & high
     return words.view(np.uint8).reshape(-1, 8)[:, :CODE_BITS].reshape(*indices.shape[:-1], CODE_BYTES)
 
 
@@ -119,8 +140,23 @@ def unpack_codes(codes: np.ndarray) -> np.ndarray:
     eighths = codes.reshape(-1, CODE_BITS)
     words = np.zeros((len(eighths), 8), np.uint8)
     words[:, :CODE_BITS] = eighths
-    fields = words.view("<u8") >> _SHIFTS & np.uint64(CODEBOOK_SIZE - 1)
-    return fields.astype(np.uint8).reshape(*codes.shape[:-1], PAIRS)
+    words = words.view("<u8")
+    for low, high, shift in _SPREAD:
+        words = words & low | (words & high) << shift
+    return words.view(np.uint8).reshape(*codes.shape[:-1], PAIRS)
+
+
+def pack_int4(values: np.ndarray) -> np.ndarray:
+    """int8 [..., 32] of -8 … 7 to nibbles uint8 [..., 16] (order: see the module)."""
+    nibbles = (values + np.int8(NIBBLE_ZERO)).view(np.uint8)
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+
+
+def unpack_int4(nibbles: np.ndarray) -> np.ndarray:
+    """uint8 [..., 16] to int8 [..., 32]: the inverse of ``pack_int4``."""
+    values = np.empty((*nibbles.shape[:-1], GROUP), np.int8)
+    values[..., ::2], values[..., 1::2] = nibbles & 15, nibbles >> 4
+    return values - np.int8(NIBBLE_ZERO)
 
 
 def _pack_nibbles(indices: np.ndarray) -> np.ndarray:
@@ -134,9 +170,9 @@ def _pack_nibbles(indices: np.ndarray) -> np.ndarray:
 class Packed:
     """Quantised weights [n, blocks.size], or a shard of them cut at rows or at reduction blocks.
 
-    ``codes``: q8 int8 [n, groups, 32], q3_5 uint8 [n, groups, 14]. ``scales``: q8 float16 bits as uint16 [n, groups],
-    q3_5 uint8 [n, groups] indices into ``FACTORS``. ``row_scales``: q3_5 float16 bits as uint16 [n]. ``codebook``: q3_5
-    int8 [128, 2]. The last two are None for q8.
+    ``codes``: q8 int8 [n, groups, 32], q4 uint8 [n, groups, 16], q3_5 uint8 [n, groups, 14]. ``scales``: q8 and q4
+    float16 bits as uint16 [n, groups], q3_5 uint8 [n, groups] indices into ``FACTORS``. ``row_scales``: q3_5 float16
+    bits as uint16 [n]. ``codebook``: q3_5 int8 [128, 2]. The last two are None for q8 and q4.
     """
 
     format: str
@@ -154,7 +190,7 @@ class Packed:
 
     def bytes(self) -> bytes:
         """The canonical bytes (layout: see the module), independent of how the tensor was cut when it was made."""
-        if self.format == "q8":
+        if self.codebook is None:
             parts = self.codes, self.scales.astype("<u2")
         else:
             parts = self.codebook, self.row_scales.astype("<u2"), _pack_nibbles(self.scales), self.codes
@@ -181,9 +217,9 @@ class Packed:
         A weight is value x factor x row scale. Values lie within -127 … 127. Behind a block's last k they are whatever
         completes its last pair, to be met by zero activations.
         """
-        if self.format == "q8":
-            factors = self.scales.view(np.float16).astype(np.float32)
-            return self.codes, factors, np.ones(self.n, np.float32)
+        if self.codebook is None:
+            values = self.codes if self.format == "q8" else unpack_int4(self.codes)
+            return values, self.scales.view(np.float16).astype(np.float32), np.ones(self.n, np.float32)
         pairs = self.codebook.view(np.uint16)[:, 0][unpack_codes(self.codes)]
         values = pairs.view(np.int8).reshape(self.n, self.blocks.groups, GROUP)
         return values, FACTORS[self.scales], self.row_scales.view(np.float16).astype(np.float32)
@@ -195,7 +231,9 @@ class Packed:
 
 
 def packed_bytes(name: str, n: int, blocks: Blocks) -> int:
-    """Canonical bytes of [n, blocks.size] weights in the format ``name``."""
+    """Canonical bytes of [n, blocks.size] weights in the format ``name``, ``f16`` and ``f32`` included."""
+    if name in PLAIN_BYTES:
+        return n * blocks.size * PLAIN_BYTES[name]
     kind, groups = FORMATS[name], blocks.groups
     row = groups * kind.code_bytes + -(-groups * kind.factor_bits // 8) + kind.row_bits // 8
     return n * row + kind.codebook_bytes

@@ -62,8 +62,8 @@ def _columns(interleaved, width):
 
 
 def _float_chains(x, x_scales, weights, width):
-    """The block values, float32 [rows, width], before the row scale."""
-    w = _columns(weights.values, width)
+    """The block values, float32 [rows, width], before the row scale; weights are float32, or float16 in uint16."""
+    w = _columns(_floats(weights.values), width)
     for start in range(0, weights.columns, weights.block):
         chain = np.zeros((len(x), width), np.float32)
         for k in range(start, min(start + weights.block, weights.columns)):
@@ -219,10 +219,13 @@ def to_half(x, out, rows: int) -> int:
 
 
 def float_embedding(values, columns: int, tokens, first: int, rows_held: int, out, rows: int) -> int:
-    """out[r] = row tokens[r] of a float table held from row ``first`` on; zeros where the token lies elsewhere."""
+    """out[r] = row tokens[r] of a float table held from row ``first`` on; zeros where the token lies elsewhere.
+
+    The table is float32, or float16 in uint16.
+    """
     for r in range(rows):
         tile, lane = divmod(tokens[r] - first, LANES)
-        out[r] = values[tile, :columns, lane] if 0 <= tokens[r] - first < rows_held else 0
+        out[r] = _floats(values[tile, :columns, lane]) if 0 <= tokens[r] - first < rows_held else 0
     return OK
 
 

@@ -4,11 +4,16 @@
 each of the 16 factors: its weights become integers ``x``, each pair is rounded to whole units and takes the codebook
 entry nearest to that point, and the factor with the least squared error (in integers, times the factor's square) wins.
 Ties go to the lowest index. Rows and groups depend on nothing but themselves, their row's maximum and the codebook.
+
+``q4`` scales a group so that its maximum is 2**14 and rounds it to integers ``x``. Each of a few factors turns x into
+values q of -8 … 7, and least squares turn q into the best factor, sum(x q) / sum(q q); the q with the least error left,
+that is the largest sum(x q)**2 / sum(q q), gives the factor (an exact comparison up to one rounding; the first wins a
+tie). The values are the weights divided by that factor, rounded.
 """
 
 import numpy as np
 
-from .formats import CODEBOOK_SIZE, FACTORS, PAIRS, Blocks, Packed, pack_codes
+from .formats import CODEBOOK_SIZE, FACTORS, LARGEST_WEIGHT, PAIRS, Blocks, Packed, pack_codes, pack_int4
 from .numerics import GROUP, INFINITY_BITS
 
 UNIT_BITS = 4                                   # fixed-point bits of x below one codebook unit
@@ -17,6 +22,10 @@ INVERSES = np.float32(1 << UNIT_BITS) / FACTORS
 SQUARES = FACTORS.astype(np.float64) ** 2       # exact
 LARGEST = 127
 ERROR_SHIFT = 8                                 # of the error sums, which rank cells only
+INT4_UNIT = np.float32(2.0**14)                 # the maximum of a q4 group in fixed point
+INT4_TINY = np.float32(2.0**-40)                # a q4 group whose maximum is below this is zero: so is its float16 factor
+# Where the largest weight of a q4 group comes to lie: on the side of -8, which has one value more.
+INT4_LEVELS = np.array([-8, -7.75, -8.25, -7.375, -8.625, -7.125, -9, -6.75], np.float32) / INT4_UNIT
 
 
 def row_maxima(w) -> np.ndarray:
@@ -31,23 +40,23 @@ def row_scales(maxima) -> np.ndarray:
     Raises ValueError where a row holds NaN or infinity, or is too large for float16.
     """
     maxima = np.asarray(maxima, np.uint32)
-    check_range(maxima)
+    check_range(maxima, "q3_5")
     scales = maxima.view(np.float32) / np.float32(LARGEST)
     rounded = scales.astype(np.float16)
     return rounded.view(np.uint16) + (rounded.astype(np.float32) < scales)
 
 
-def check_range(maxima, what="row") -> None:
-    """Raises ValueError unless all magnitudes (float32 bits) are finite and at most 127 x 65,504."""
+def check_range(maxima, weights_format: str) -> None:
+    """Raises ValueError unless all row maxima (float32 bits) are finite and within ``LARGEST_WEIGHT``."""
     if not maxima.size:
         return
-    worst = np.argmax(maxima)
-    largest, where = maxima.flat[worst], f"{what} {worst}"
+    worst, limit = np.argmax(maxima), LARGEST_WEIGHT[weights_format]
+    largest = maxima[worst]
     if largest >= INFINITY_BITS:
-        raise ValueError(f"{where} of the weights holds NaN or infinity")
-    if largest.view(np.float32) > LARGEST * 65504:
-        raise ValueError(f"{where} of the weights reaches {largest.view(np.float32):.3g}; "
-                         f"scales are float16, so {LARGEST * 65504} is the largest")
+        raise ValueError(f"row {worst} of the weights holds NaN or infinity")
+    if largest.view(np.float32) > limit:
+        raise ValueError(f"row {worst} of the weights reaches {largest.view(np.float32):.3g}; {weights_format} holds up to "
+                         f"{limit}, for its numbers or scales are float16")
 
 
 def inverse_scales(scales) -> np.ndarray:
@@ -90,12 +99,49 @@ def quantize_q8(w, blocks: Blocks) -> Packed:
     """
     v = blocks.pad(w)
     maxima = row_maxima(v.reshape(-1, GROUP)).reshape(v.shape[:2])
-    check_range(maxima.max(axis=1, initial=0))
+    check_range(maxima.max(axis=1, initial=0), "q8")
     scales = (maxima.view(np.float32) / np.float32(LARGEST)).astype(np.float16)
     factors = scales.astype(np.float32)[:, :, None]
     values = np.divide(v, factors, out=np.zeros_like(v), where=factors > 0)
     codes = np.clip(np.rint(values), -LARGEST, LARGEST).astype(np.int8)
     return Packed("q8", len(v), blocks, codes, scales.view(np.uint16))
+
+
+def quantize_q4(w, blocks: Blocks) -> Packed:
+    """Quantises float32 [n, blocks.size], any shard of rows and of columns cut at reduction blocks.
+
+    A group's factor is chosen as the module says and rounded to float16; its values are rint(w / factor) within -8 … 7,
+    zeros where the factor is 0. Raises ValueError for weights that are not finite or too large for float16 factors.
+    """
+    v = blocks.pad(w)
+    maxima = row_maxima(v.reshape(-1, GROUP)).reshape(v.shape[:2])
+    check_range(maxima.max(axis=1, initial=0), "q4")
+    largest = maxima.view(np.float32)
+    inverse = np.divide(INT4_UNIT, largest, out=np.zeros_like(largest), where=largest >= INT4_TINY)
+    x = np.rint(v * inverse[:, :, None]).astype(np.int32)
+    sign = np.where(x.max(axis=2) >= -x.min(axis=2), np.float32(1), np.float32(-1))
+    most, chosen = np.full(largest.shape, -1.0), np.zeros_like(largest)
+    for level in INT4_LEVELS:
+        q = np.clip(np.rint(x.astype(np.float32) * (sign * level)[:, :, None]), -8, 7).astype(np.int32)
+        products, squares = (x * q).sum(axis=2), np.maximum((q * q).sum(axis=2), 1)
+        gain = products.astype(np.float64) ** 2 / squares
+        better = gain > most
+        most[better], chosen[better] = gain[better], (products.astype(np.float32) / squares.astype(np.float32))[better]
+    scales = int4_factors(chosen * (largest / INT4_UNIT))
+    factors = scales.view(np.float16).astype(np.float32)[:, :, None]
+    values = np.divide(v, factors, out=np.zeros_like(v), where=factors != 0)
+    return Packed("q4", len(v), blocks, pack_int4(np.clip(np.rint(values), -8, 7).astype(np.int8)), scales)
+
+
+def int4_factors(factors) -> np.ndarray:
+    """float16 bits (uint16) of float32 factors, the largest finite ones for larger."""
+    return np.clip(factors, np.float32(-65504), np.float32(65504)).astype(np.float16).view(np.uint16)
+
+
+def quantize_f16(w) -> np.ndarray:
+    """float16 bits (uint16 [n, k]) of float32 weights, rounded half to even. Raises ValueError for what does not fit."""
+    check_range(row_maxima(w), "f16")
+    return np.asarray(w, np.float32).astype(np.float16).view(np.uint16)
 
 
 def cell_sums(v, weights, codebook, threads: int = 1) -> np.ndarray:

@@ -4,6 +4,7 @@ import numpy as np
 from mpi4py import MPI
 
 from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.kernels.cpu.calls import shared_pool
 from llama_hpc.model.sizes import whole
 from llama_hpc.model.transformer import Batch, TransformerStage
 from llama_hpc.weights.checkpoint import open_checkpoint
@@ -19,8 +20,8 @@ class LocalModel:
         stage, share = whole(self.config)
         reducer = TensorReducer(MPI.COMM_SELF)
         self.weights = load_stage(checkpoint, weights_format, stage, share, reducer, MPI.COMM_SELF, threads=threads)
-        self.stage = TransformerStage(self.config, stage, share, self.weights, reducer, sequences=1, max_seq_len=max_seq_len,
-                                      max_rows=max_seq_len, max_outputs=max_seq_len, threads=threads)
+        self.stage = TransformerStage(self.config, stage, share, self.weights, reducer, shared_pool(threads), sequences=1,
+                                      max_seq_len=max_seq_len, max_rows=max_seq_len, max_outputs=max_seq_len)
 
     def forward(self, ids, start=0, chunk=None):
         """float32 [n, vocab_size] logits of ids, which follow ``start`` tokens already seen; prefilled ``chunk`` at a time."""

@@ -5,18 +5,52 @@ head_dim], float16 bits (uint16) or float32. Attention blocks of 256 positions s
 block yields its own maximum, its sum of weights as an integer, and chains of weighted values in ascending position;
 blocks are merged as 64-bit fixed point, so neither order nor ownership of blocks changes a bit (the online softmax of
 Milakov & Gimelshein 2018, made exact).
+
+Queries are taken by runs: up to four rows of one sequence at consecutive positions, with all query heads that read one KV head.
+What all of them see is loaded once for all; the few positions that only some rows of a run see follow row by row.
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 
-from ..numerics import ATTENTION_BLOCK, BLOCK_LIMIT, FIXED, OK, OUT_OF_RANGE, PAGE, UNFIXED
+from ..numerics import ATTENTION_BLOCK, FIXED, OK, OUT_OF_RANGE, PAGE, UNFIXED
 from . import simd
-from .functions import exp
-from .simd import rint
+from .activations import activation_at
+from .elementwise import quantize_group, rms_norm
+from .functions import exp, half_bits
+from .memory import atomic_or, float32_at, float64_at, int32_at, int64_at, record, record_pointer, uint16_at
+from .simd import fma_scalar, rint
+from .simd_attention import merge_blocks, score_pages, shifted, weigh_scores, weigh_values
+from .team import SCRATCH, begin, chunk, member_words, work_at
 
 LANES = simd.LANES
+RUN = 4                         # rows of a run, at most
 _PAGES = ATTENTION_BLOCK // PAGE
+_NOWHERE = np.float32(-np.inf)  # the maximum of a block in which a query sees nothing
+
+# q, k, v: float32 [rows, stride], q and k changed in place; sequences, positions: int32 [rows]; cosines, sines: float32
+# [positions, head_dim / 2]; pages: int32 [sequences, pages_stride]; q_norm, k_norm: float32 [head_dim], or 0; rows: an int64;
+# eps: a float64. half: whether the pools hold float16 bits.
+STORE = record("team", "status", "work", "rows", "q", "k", "v", "q_stride", "k_stride", "v_stride", "cosines", "sines",
+               "sequences", "positions", "pages", "pages_stride", "keys", "values", "heads", "kv_heads", "head_dim", "q_norm",
+               "k_norm", "eps", "half")
+# runs: int32 [run_count, 2], first row and number of rows; head_starts: int32 [kv_heads + 1], the first query head of each KV
+# head; window: visible positions, 0 for all; run_count: an int64; scale: a float32; target: a record ACTIVATION; scratch: bytes
+# into the member's scratch.
+ATTENTION = record("team", "status", "work", "runs", "run_count", "q", "q_stride", "keys", "values", "pages", "pages_stride",
+                   "sequences", "positions", "head_starts", "kv_heads", "head_dim", "window", "scale", "half", "target",
+                   "scratch")
+
+
+@intrinsic
+def _store_at(typing_context, where):
+    return record_pointer(STORE)
+
+
+@intrinsic
+def _attention_at(typing_context, where):
+    return record_pointer(ATTENTION)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -24,128 +58,245 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // LANES) * LANES
 
 
-def workspace(threads: int, max_seq_len: int, head_dim: int) -> np.ndarray:
-    """float32 [threads, n]: scores of one block and the results of every block of one query head."""
-    blocks = -(-max_seq_len // ATTENTION_BLOCK)
-    return np.empty((threads, ATTENTION_BLOCK + blocks * (padded_head_dim(head_dim) + 2)), np.float32)
+def scratch_bytes(max_seq_len: int, head_dim: int, heads_per_kv: int) -> int:
+    """Scratch that a thread needs for sequences of ``max_seq_len`` and at most ``heads_per_kv`` query heads of a KV head."""
+    return int(_places(-(-max_seq_len // ATTENTION_BLOCK), head_dim, RUN * heads_per_kv)[-1])
 
 
 @njit(cache=True)
-def store(keys, values, key_pool, value_pool, pages, sequences, positions, rows):
-    """Writes [rows, kv_heads * head_dim] keys and values, already of the pools' dtype, to their pages.
+def runs_of(sequences, positions, rows, runs):
+    """Cuts ``rows`` rows into runs, int32 [rows, 2] at most; returns their number."""
+    count, row = 0, 0
+    while row < rows:
+        stop = row + 1
+        while stop < min(rows, row + RUN) and sequences[stop] == sequences[row] and positions[stop] == positions[stop - 1] + 1:
+            stop += 1
+        runs[count, 0], runs[count, 1] = row, stop - row
+        row, count = stop, count + 1
+    return count
 
-    pages is int32 [sequences, pages of a sequence]; sequences and positions are int32 [rows].
-    """
-    heads, head_dim = key_pool.shape[1], key_pool.shape[2]
-    for r in range(rows):
-        page, slot = pages[sequences[r], positions[r] // PAGE], positions[r] % PAGE
-        for h in range(heads):
-            for d in range(head_dim):
-                key_pool[page, h, d, slot] = keys[r, h * head_dim + d]
-                value_pool[page, h, slot, d] = values[r, h * head_dim + d]
+
+@njit(cache=True)
+def _norm_and_rotate(op, row, where, norm):
+    """One head at an address: RMS norm if there is one, then RoPE (Su et al. 2021; half-split pairs); returns a kernel status."""
+    status, half = OK, op.head_dim // 2
+    if norm:
+        x = float32_at(where)
+        status = rms_norm(x, int32_at(where), op.head_dim, float32_at(norm), float64_at(op.eps)[0], x)
+    at = 4 * half * int32_at(op.positions)[row]
+    cosines, sines = float32_at(op.cosines + at), float32_at(op.sines + at)
+    first, second = float32_at(where), float32_at(where + 4 * half)
+    for i in range(half):
+        a, b = first[i], second[i]
+        first[i] = fma_scalar(-b, sines[i], a * cosines[i])
+        second[i] = fma_scalar(a, sines[i], b * cosines[i])
+    return status
+
+
+@njit(cache=True)
+def _store_half(source, target, stride, count):
+    """target[i * stride] = float16 bits of source[i]; returns OUT_OF_RANGE where they are not finite."""
+    beyond = False
+    for i in range(count):
+        bits = half_bits(source[i])
+        beyond |= bits & np.uint16(0x7C00) == np.uint16(0x7C00)
+        target[i * stride] = bits
+    return OUT_OF_RANGE if beyond else OK
+
+
+@njit(cache=True)
+def _store_head(op, row, kv_head, k, v):
+    """One row's key and value of one KV head, at addresses, go to their page; returns a kernel status."""
+    position, head_dim = int32_at(op.positions)[row], op.head_dim
+    page = int32_at(op.pages)[int32_at(op.sequences)[row] * op.pages_stride + position // PAGE]
+    head, slot, width = page * op.kv_heads + kv_head, position % PAGE, (head_dim + LANES - 1) // LANES * LANES
+    key, value = head * head_dim * PAGE + slot, (head * PAGE + slot) * width
+    if op.half:
+        return (_store_half(float32_at(k), uint16_at(op.keys + 2 * key), PAGE, head_dim)
+                | _store_half(float32_at(v), uint16_at(op.values + 2 * value), 1, head_dim))
+    keys, values = float32_at(op.keys + 4 * key), float32_at(op.values + 4 * value)
+    for d in range(head_dim):
+        keys[d * PAGE], values[d] = float32_at(k)[d], float32_at(v)[d]
     return OK
 
 
-def attention(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window: int, scale, out, work, rows: int) -> int:
-    """out[r, h] = softmax(q[r, h] · keys * scale) values over the positions visible to row r.
-
-    q and out are float32 [M, heads * head_dim]; kv_of_head int32 [heads] gives each query head's row in the pools;
-    visible are the last ``window`` positions up to positions[r] (all of them for window 0). ``work`` comes from
-    ``workspace``; its first axis is the number of threads. Returns ``OK`` or ``OUT_OF_RANGE``.
-    """
-    run = _parallel if work.shape[0] > 1 else _serial
-    faults = run(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window, np.float32(scale), out, work, rows)
-    return OUT_OF_RANGE if faults else OK
-
-
-@njit(cache=True)
-def _block(q, q_index, key_pool, value_pool, table, kv_head, first, last, scale, scores, result):
-    """Positions first … last - 1 of one block: result = chains of weighted values, then the maximum, then the sum."""
-    heads, head_dim, width = key_pool.shape[1], key_pool.shape[2], value_pool.shape[3]
-    start = first // ATTENTION_BLOCK * ATTENTION_BLOCK
-    multiplier = simd.splat(scale)
-    for page in range(first // PAGE, (last - 1) // PAGE + 1):
-        base = (table[page] * heads + kv_head) * head_dim * PAGE
-        chain = simd.splat(np.float32(0))
-        for d in range(head_dim):
-            chain = simd.fma(simd.splat(q[q_index + d]), simd.load(key_pool, base + d * PAGE), chain)
-        simd.store(scores, page * PAGE - start, simd.multiply(chain, multiplier))
-    low, high = first - start, last - start
-    largest = scores[low]
-    for i in range(low, high):
-        largest = max(largest, scores[i])
-    total = np.int64(0)
-    for i in range(low, high):
-        weight = exp(scores[i] - largest)
-        scores[i] = weight
-        total += np.int64(rint(weight * FIXED))
-    for lane in range(0, width, LANES):
-        chain = simd.splat(np.float32(0))
-        for i in range(low, high):
-            position = start + i
-            index = ((table[position // PAGE] * heads + kv_head) * PAGE + position % PAGE) * width + lane
-            chain = simd.fma(simd.splat(scores[i]), simd.load(value_pool, index), chain)
-        simd.store(result, lane, chain)
-    result[width] = largest
-    result[width + 1] = np.float32(np.float64(total) * UNFIXED)
-
-
-@njit(cache=True, error_model="numpy")
-def _merge(results, blocks, width, out, out_index, head_dim):
-    """Adds the blocks as fixed point relative to their common maximum and divides; returns the number of faults."""
-    largest, faults = results[width], 0
-    for b in range(blocks):
-        largest = max(largest, results[b * (width + 2) + width])
-    total = np.int64(0)
-    for b in range(blocks):
-        base = b * (width + 2)
-        weight = exp(results[base + width] - largest)
-        results[base + width] = weight
-        total += np.int64(rint((results[base + width + 1] * weight) * FIXED))
-    divisor = np.float32(np.float64(total) * UNFIXED)
-    for d in range(head_dim):
-        total = np.int64(0)
-        for b in range(blocks):
-            value = results[b * (width + 2) + d] * results[b * (width + 2) + width]
-            if abs(value) < BLOCK_LIMIT:
-                total += np.int64(rint(value * FIXED))
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def store_operation(member, where):
+    """Norm and RoPE of every row's queries and keys; keys and values to their pages. Tasks: rows x (query and KV heads)."""
+    op = carray(_store_at(where), 1)[0]
+    work, heads, status = carray(work_at(op.work), 1)[0], op.heads + op.kv_heads, 0
+    total = int64_at(op.rows)[0] * heads
+    begin(op.team, member, work, total)
+    first, last = chunk(op.team, member, work, total)
+    while last > first:
+        for task in range(first, last):
+            row, head = task // heads, task % heads
+            if head < op.heads:
+                status |= _norm_and_rotate(op, row, op.q + 4 * (row * op.q_stride + head * op.head_dim), op.q_norm)
             else:
-                faults += 1
-        out[out_index + d] = np.float32(np.float64(total) * UNFIXED) / divisor
-    return faults
+                head -= op.heads
+                k = op.k + 4 * (row * op.k_stride + head * op.head_dim)
+                v = op.v + 4 * (row * op.v_stride + head * op.head_dim)
+                status |= _norm_and_rotate(op, row, k, op.k_norm)
+                status |= _store_head(op, row, head, k, v)
+        first, last = chunk(op.team, member, work, total)
+    if status:
+        atomic_or(op.status, status)
 
 
 @njit(cache=True)
-def _pairs(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window, scale, out, work, first, last):
-    """Pairs (row, head) first … last - 1, counted row by row."""
-    heads, head_dim, width = kv_of_head.shape[0], key_pool.shape[2], value_pool.shape[3]
-    scores, results = work[:ATTENTION_BLOCK], work[ATTENTION_BLOCK:]
-    q, out = q.reshape(-1), out.reshape(-1)
-    faults = 0
-    for pair in range(first, last):
-        row, head = pair // heads, pair % heads
-        end = positions[row] + 1
-        begin = max(0, end - window) if window > 0 else 0
-        blocks, start = 0, begin
-        while start < end:
-            stop = min(end, (start // ATTENTION_BLOCK + 1) * ATTENTION_BLOCK)
-            _block(q, pair * head_dim, key_pool, value_pool, pages[sequences[row]], kv_of_head[head], start, stop, scale,
-                   scores, results[blocks * (width + 2) :])
-            blocks, start = blocks + 1, stop
-        faults += _merge(results, blocks, width, out, pair * head_dim, head_dim)
-    return faults
+def _places(blocks, head_dim, count):
+    """Byte offsets in the scratch of a task with ``count`` queries, and its size.
+
+    Scores [count, 256], queries [head_dim, count], maxima and sums [blocks, count], totals int64 [count], largest maxima
+    [count], chains [blocks, count, width]; float32 but for the totals.
+    """
+    width = (head_dim + LANES - 1) // LANES * LANES
+    queries = 4 * count * ATTENTION_BLOCK
+    maxima = queries + 4 * head_dim * count
+    sums = maxima + 4 * blocks * count
+    totals = (sums + 4 * blocks * count + 63) // 64 * 64
+    largest = totals + 8 * count
+    chains = (largest + 4 * count + 63) // 64 * 64
+    return queries, maxima, sums, totals, largest, chains, chains + 4 * blocks * count * width
 
 
 @njit(cache=True)
-def _serial(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window, scale, out, work, rows):
-    return _pairs(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window, scale, out, work[0], 0,
-                  rows * kv_of_head.shape[0])
+def _visible(position, window, block):
+    """The positions of a block that a query at ``position`` sees, by their number in the block: first and last + 1."""
+    low, start = max(0, position + 1 - window) if window > 0 else 0, block * ATTENTION_BLOCK
+    return max(low - start, 0), min(position + 1 - start, ATTENTION_BLOCK)
 
 
-@njit(cache=True, parallel=True)
-def _parallel(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window, scale, out, work, rows):
-    pairs, threads, faults = rows * kv_of_head.shape[0], work.shape[0], 0
-    for part in prange(threads):
-        faults += _pairs(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window, scale, out, work[part],
-                         pairs * part // threads, pairs * (part + 1) // threads)
-    return faults
+@njit(cache=True)
+def _gather(q, stride, rows, heads, head_dim, queries):
+    """The run's queries, transposed: float32 [head_dim, rows * heads]."""
+    for r in range(rows):
+        for h in range(heads):
+            source, target = float32_at(q + 4 * (r * stride + h * head_dim)), float32_at(queries + 4 * (r * heads + h))
+            for d in range(head_dim):
+                target[d * rows * heads] = source[d]
+
+
+@njit(cache=True)
+def _weigh(pools, table, ahead, block, query, count, width, low, high, scores, chains):
+    """Values of positions low … high - 1 of a block for ``count`` queries from ``query`` on."""
+    _, key_stride, values, value_stride = pools
+    next_keys, further, furthest = ahead
+    weigh_values(float32_at(scores + 4 * query * ATTENTION_BLOCK), count, values, value_stride, width, next_keys, key_stride,
+                 table, further, furthest, block * ATTENTION_BLOCK + low, block * ATTENTION_BLOCK + high,
+                 float32_at(chains + 4 * query * width))
+
+
+@njit(cache=True)
+def _block(op, pools, table, ahead, position, rows, heads, width, block, queries, scores, maxima, sums, chains):
+    """One block for a run: float32 maxima, sums [queries] and chains [queries, width], row by row and head by head.
+
+    pools: keys and values of the KV head, each with the elements from page to page; ahead: what ``weigh_values`` asks for.
+    """
+    keys, key_stride, values, value_stride = pools
+    count, page, window = rows * heads, block * _PAGES, op.window
+    low, high = _visible(position, window, block)[0], _visible(position + rows - 1, window, block)[1]
+    score_pages(float32_at(queries), count, op.head_dim, keys, key_stride, values, value_stride, table, page + low // PAGE,
+                page + (high - 1) // PAGE, float32_at(op.scale)[0], float32_at(scores))
+    maximum, total, chain = float32_at(maxima), float32_at(sums), float32_at(chains)
+    for query in range(count):
+        low, high = _visible(position + query // heads, window, block)
+        if low < high:
+            maximum[query], whole = weigh_scores(float32_at(scores + 4 * query * ATTENTION_BLOCK), low, high)
+            total[query] = np.float32(np.float64(whole) * UNFIXED)
+        else:
+            maximum[query], total[query] = _NOWHERE, np.float32(0)
+    for i in range(count * width):
+        chain[i] = np.float32(0)
+    # What all rows see is read once for all, between what only earlier rows see (of a window) and what only later ones see.
+    low, high = _visible(position + rows - 1, window, block)[0], _visible(position, window, block)[1]
+    low, high = (low, high) if low < high else (ATTENTION_BLOCK, ATTENTION_BLOCK)
+    for r in range(rows):
+        first, last = _visible(position + r, window, block)
+        _weigh(pools, table, ahead, block, r * heads, heads, width, first, min(last, low), scores, chains)
+    _weigh(pools, table, ahead, block, 0, count, width, low, high, scores, chains)
+    for r in range(rows):
+        first, last = _visible(position + r, window, block)
+        _weigh(pools, table, ahead, block, r * heads, heads, width, max(first, high), last, scores, chains)
+
+
+@njit(cache=True)
+def _weigh_blocks(maxima, sums, blocks, count, largest, totals):
+    """Maxima [blocks, count] become the blocks' weights relative to the largest; totals int64 [count]: weighted sums."""
+    for query in range(count):
+        largest[query], totals[query] = maxima[query], 0
+    for b in range(1, blocks):
+        for query in range(count):
+            largest[query] = max(largest[query], maxima[b * count + query])
+    for b in range(blocks):
+        for query in range(count):
+            weight = exp(maxima[b * count + query] - largest[query])
+            maxima[b * count + query] = weight
+            totals[query] += np.int64(rint((sums[b * count + query] * weight) * FIXED))
+
+
+@njit(cache=True)
+def _finish(target, row, head, head_dim, chain):
+    """Moves the output of one head to its place in the activations ``target``, and quantises it; returns a kernel status."""
+    out, status = float32_at(target.values + 4 * (row * target.stride + head * head_dim)), OK
+    for d in range(head_dim):
+        out[d] = chain[d]
+    if target.x:
+        for group in range(head * target.per_block, (head + 1) * target.per_block):
+            status |= quantize_group(target, row, group)
+    return status
+
+
+@njit(cache=True)
+def _run(op, keys, values, target, run, kv_head, scratch):
+    """All query heads of one KV head for one run; returns a kernel status."""
+    row, rows, head = int32_at(op.runs)[2 * run], int32_at(op.runs)[2 * run + 1], int32_at(op.head_starts)[kv_head]
+    heads, position, head_dim = int32_at(op.head_starts)[kv_head + 1] - head, int32_at(op.positions)[row], op.head_dim
+    if heads == 0:
+        return OK
+    first = max(0, position + 1 - op.window) // ATTENTION_BLOCK if op.window > 0 else 0
+    blocks = (position + rows - 1) // ATTENTION_BLOCK + 1 - first
+    count, width = rows * heads, (head_dim + LANES - 1) // LANES * LANES
+    queries, maxima, sums, totals, largest, chains, _ = _places(blocks, head_dim, count)
+    _gather(op.q + 4 * (row * op.q_stride + head * head_dim), op.q_stride, rows, heads, head_dim, scratch + queries)
+    table = int32_at(op.pages + 4 * int32_at(op.sequences)[row] * op.pages_stride)
+    own, following = shifted(keys, kv_head * head_dim * PAGE), shifted(keys, (kv_head + 1) * head_dim * PAGE)
+    pools = own, op.kv_heads * head_dim * PAGE, shifted(values, kv_head * width * PAGE), op.kv_heads * width * PAGE
+    for b in range(blocks):
+        # What comes next: the keys of the next block, or of the first one for the next KV head.
+        next_keys, further = (own, _PAGES) if b + 1 < blocks else (following, (1 - blocks) * _PAGES)
+        _block(op, pools, table, (next_keys, further, (position + rows - 1) // PAGE), position, rows, heads, width, first + b,
+               scratch + queries, scratch, scratch + maxima + 4 * b * count, scratch + sums + 4 * b * count,
+               scratch + chains + 4 * b * count * width)
+    weights, total = float32_at(scratch + maxima), int64_at(scratch + totals)
+    _weigh_blocks(weights, float32_at(scratch + sums), blocks, count, float32_at(scratch + largest), total)
+    status = OK
+    for query in range(count):
+        chain, divisor = float32_at(scratch + chains + 4 * query * width), np.float32(np.float64(total[query]) * UNFIXED)
+        if merge_blocks(chain, shifted(weights, query), blocks, count * width, count, head_dim, divisor):
+            status |= _finish(target, row + query // heads, head + query % heads, head_dim, chain)
+        else:
+            status |= OUT_OF_RANGE
+    return status
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def attention_operation(member, where):
+    """out = softmax(q keys * scale) values over the positions visible to each row, quantised too. Tasks: runs x KV heads."""
+    op = carray(_attention_at(where), 1)[0]
+    target, work = carray(activation_at(op.target), 1)[0], carray(work_at(op.work), 1)[0]
+    scratch = int64_at(member_words(op.team, member))[SCRATCH] + op.scratch
+    total, status = int64_at(op.run_count)[0] * op.kv_heads, 0
+    begin(op.team, member, work, total)
+    first, last = chunk(op.team, member, work, total)
+    while last > first:
+        for task in range(first, last):
+            run, kv_head = task // op.kv_heads, task % op.kv_heads
+            if op.half:
+                status |= _run(op, uint16_at(op.keys), uint16_at(op.values), target, run, kv_head, scratch)
+            else:
+                status |= _run(op, float32_at(op.keys), float32_at(op.values), target, run, kv_head, scratch)
+        first, last = chunk(op.team, member, work, total)
+    if status:
+        atomic_or(op.status, status)

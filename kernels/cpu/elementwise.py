@@ -1,19 +1,57 @@
-"""Norms, activation quantisation, RoPE, SiLU and the ends of products on the CPU.
+"""Operations of a program between the products: embedding, norms, quantised activations. Canonical.
 
-Every function works on the first ``rows`` rows of its arrays, writes into arrays that the caller owns, and returns
-``OK``, ``NOT_FINITE`` or ``OUT_OF_RANGE``. Reductions over a row are integer maxima or fixed-point integer sums.
+Reductions over a row are integer maxima or fixed-point integer sums.
 """
 
 import numpy as np
-from numba import njit
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 
 from ..numerics import FIXED, GROUP, INFINITY_BITS, NOT_FINITE, OK, OUT_OF_RANGE, OUTPUT_LIMIT, TINY, UNFIXED
-from .functions import half_bits, half_value, sigmoid
-from .simd import float_from_bits, fma_scalar, rint
+from . import simd_int8 as int8
+from .activations import ACTIVATION, activation_at
+from .functions import half_value
+from .memory import (
+    atomic_or,
+    float32_at,
+    float32s,
+    float64s,
+    int8_at,
+    int8s,
+    int32_at,
+    int32s,
+    int64s,
+    record,
+    record_pointer,
+    uint16s,
+)
+from .simd import float_from_bits, rint
+from .team import begin, chunk, work_at
+
+NORM = record("team", "status", "work", "rows", "residual", "stride", "columns", "weight", "eps", "selected", "target")
+EMBEDDING = record("team", "status", "work", "rows", "tokens", "first", "held", "columns", "data", "tile_bytes", "form", "out", "stride")
+FINISH = record("team", "status", "work", "rows", "sums", "columns", "bias", "residual")
+QUANTIZED, FLOAT32, FLOAT16 = range(3)          # forms of an embedding table: kind ``halves``, or interleaved floats
 
 _ONE, _Q = np.float32(1), np.float32(127)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _LOWEST_SCALE_BITS = np.int32(27 << 23)         # 2**-100
+_LANES = 16
+
+
+@intrinsic
+def _norm_at(typing_context, where):
+    return record_pointer(NORM)
+
+
+@intrinsic
+def _embedding_at(typing_context, where):
+    return record_pointer(EMBEDDING)
+
+
+@intrinsic
+def _finish_at(typing_context, where):
+    return record_pointer(FINISH)
 
 
 @njit(cache=True)
@@ -26,207 +64,162 @@ def _largest_magnitude(bits, first, last):
 
 
 @njit(cache=True, error_model="numpy")
-def rms_norm(x, weight, eps, out, rows):
-    """out[r] = x[r] / sqrt(mean(x[r]²) + eps) * weight for float32 [rows, n] (RMSNorm, Zhang & Sennrich 2019).
+def rms_norm(x, bits, n, weight, eps, out):
+    """out = x / sqrt(mean(x²) + eps) * weight for n float32 (RMSNorm, Zhang & Sennrich 2019); returns a kernel status.
 
-    x is scaled by a power of two from its exact maximum, so that squares neither overflow nor vanish, and the squares
-    are summed as 64-bit fixed point. ``out`` may be ``x``.
+    ``bits`` is x seen as int32. x is scaled by a power of two from its exact maximum, so that squares neither overflow nor vanish,
+    and the squares are summed as 64-bit fixed point. ``out`` may be ``x``.
     """
-    n = x.shape[1]
-    for r in range(rows):
-        row = x[r]
-        largest = _largest_magnitude(row.view(np.int32), 0, n)
-        if largest >= INFINITY_BITS:
-            return NOT_FINITE
-        exponent = max(largest & np.int32(0x7F800000), _LOWEST_SCALE_BITS)
-        unit = float_from_bits(exponent)
-        inverse = _ONE / unit
-        total = np.int64(0)
-        for i in range(n):
-            scaled = row[i] * inverse
-            total += np.int64(rint((scaled * scaled) * FIXED))
-        mean = (np.float64(total) * UNFIXED / n) * (np.float64(unit) * np.float64(unit)) + eps
-        factor = np.float32(1.0 / np.sqrt(mean))
-        for i in range(n):
-            out[r, i] = (row[i] * factor) * weight[i]
+    largest = _largest_magnitude(bits, 0, n)
+    if largest >= INFINITY_BITS:
+        return NOT_FINITE
+    unit = float_from_bits(max(largest & np.int32(0x7F800000), _LOWEST_SCALE_BITS))
+    inverse, total = _ONE / unit, np.int64(0)
+    for i in range(n):
+        scaled = x[i] * inverse
+        total += np.int64(rint((scaled * scaled) * FIXED))
+    mean = (np.float64(total) * UNFIXED / n) * (np.float64(unit) * np.float64(unit)) + eps
+    factor = np.float32(1.0 / np.sqrt(mean))
+    for i in range(n):
+        out[i] = (x[i] * factor) * weight[i]
     return OK
 
 
 @njit(cache=True, error_model="numpy")
-def quantize_rows(x, block, out, scales, rows):
-    """Per row and group of 32 k: out = rint(x * (127 / amax)) as whole float32, scale = amax / 127.
+def quantize_group(target, row, group):
+    """Quantises one group of a row of the activations ``target`` (a record ACTIVATION); returns a kernel status.
 
-    x is float32 [rows, K]; groups start afresh every ``block`` k; out is float32 [rows, groups * 32] with zeros in the
-    gaps, scales float32 [rows, groups]. A group whose maximum is below 2**-100 is zero.
+    q = rint(x * (127 / amax)) and scale = amax / 127; a group whose maximum is below 2**-100 is zero. A group starts afresh in each
+    block; behind its last k are zeros.
     """
-    k_end = x.shape[1]
-    for r in range(rows):
-        row = x[r]
-        bits = row.view(np.int32)
-        group = 0
-        for start in range(0, k_end, block):
-            stop = min(start + block, k_end)
-            for first in range(start, stop, GROUP):
-                last = min(first + GROUP, stop)
-                largest = _largest_magnitude(bits, first, last)
-                if largest >= INFINITY_BITS:
-                    return NOT_FINITE
-                amax = float_from_bits(largest)
-                small = amax < TINY
-                inverse = np.float32(0) if small else _Q / amax
-                scales[r, group] = np.float32(0) if small else amax / _Q
-                base = group * GROUP
-                for i in range(last - first):
-                    out[r, base + i] = rint(row[first + i] * inverse)
-                for i in range(last - first, GROUP):
-                    out[r, base + i] = np.float32(0)
-                group += 1
-    return OK
-
-
-@njit(cache=True, error_model="numpy")
-def quantize_rows_int8(x, block, out, scales, corrections, rows):
-    """As ``quantize_rows``, for the int8 products: by reduction block, in their order of k, with -128 * each group's sum.
-
-    out is int8 [blocks, capacity, groups of a block * 32], scales float32 and corrections int32 [blocks, capacity, groups of
-    a block].
-    """
-    k_end = x.shape[1]
-    for r in range(rows):
-        row = x[r]
-        bits = row.view(np.int32)
-        for b in range(out.shape[0]):
-            stop = min((b + 1) * block, k_end)
-            for group in range(scales.shape[2]):
-                first = b * block + group * GROUP
-                if first >= stop:
-                    break
-                last = min(first + GROUP, stop)
-                largest = _largest_magnitude(bits, first, last)
-                if largest >= INFINITY_BITS:
-                    return NOT_FINITE
-                amax = float_from_bits(largest)
-                small = amax < TINY
-                inverse = np.float32(0) if small else _Q / amax
-                scales[b, r, group] = np.float32(0) if small else amax / _Q
-                total = np.int32(0)
-                for i in range(GROUP):
-                    value = np.int32(rint(row[first + i] * inverse)) if first + i < last else np.int32(0)
-                    total += value
-                    out[b, r, group * GROUP + i // 8 * 8 + i % 2 * 4 + i % 8 // 2] = value
-                corrections[b, r, group] = np.int32(-128) * total
+    block, place = group // target.per_block, group % target.per_block
+    first = block * target.block + place * GROUP
+    count = min(GROUP, (block + 1) * target.block - first, target.columns - first)
+    per_unit = int8.UNIT // target.per_block * target.per_block
+    at = (group // per_unit * target.capacity + row) * int8.UNIT + group % per_unit
+    source = row * target.stride + first
+    if count == GROUP:
+        fine = int8.quantize_32(float32_at(target.values), source, int8_at(target.x), float32_at(target.scales),
+                                int32_at(target.corrections), at)
+        return OK if fine else NOT_FINITE
+    values, x = float32s(target.values), int8s(target.x)
+    largest = _largest_magnitude(int32s(target.values), source, source + count)
+    if largest >= INFINITY_BITS:
+        return NOT_FINITE
+    amax = float_from_bits(largest)
+    small = amax < TINY
+    inverse = np.float32(0) if small else _Q / amax
+    total = np.int32(0)
+    for i in range(GROUP):
+        value = np.int32(rint(values[source + i] * inverse)) if i < count else np.int32(0)
+        total += value
+        x[at * GROUP + i // 8 * 8 + i % 2 * 4 + i % 8 // 2] = value
+    float32s(target.scales)[at] = np.float32(0) if small else amax / _Q
+    int32s(target.corrections)[at] = np.int32(-128) * total
     return OK
 
 
 @njit(cache=True)
-def finish(sums, bias, out, rows):
-    """out[r, n] = float32(sums[r, n] * 2**-32) + bias[n]; ``bias`` is float32 [N], or empty. sums is int64 [rows, ≥ N]."""
-    status = OK
-    for r in range(rows):
-        for n in range(out.shape[1]):
-            y = np.float32(np.float64(sums[r, n]) * UNFIXED)
-            if not abs(y) < OUTPUT_LIMIT:
-                status = OUT_OF_RANGE
-            out[r, n] = y
-        for n in range(bias.shape[0]):
-            out[r, n] += bias[n]
-    return status
+def groups_of(target):
+    """Groups of a row of activations."""
+    whole, rest = target.columns // target.block, target.columns % target.block
+    return whole * target.per_block + (rest + GROUP - 1) // GROUP
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def norm_operation(member, where):
+    """RMS norm of rows of the residual (all, or the ``selected`` ones), then their quantised form."""
+    op = carray(_norm_at(where), 1)[0]
+    target, work = carray(activation_at(op.target), 1)[0], carray(work_at(op.work), 1)[0]
+    rows, status = int64s(op.rows)[0], 0
+    begin(op.team, member, work, rows)
+    first, last = chunk(op.team, member, work, rows)
+    while last > first:
+        for row in range(first, last):
+            source = op.residual + 4 * op.stride * (int64s(op.selected)[row] if op.selected else row)
+            status |= rms_norm(float32s(source), int32s(source), op.columns, float32s(op.weight), float64s(op.eps)[0],
+                               float32s(target.values + 4 * target.stride * row))
+            if target.x and not status:
+                for group in range(groups_of(target)):
+                    status |= quantize_group(target, row, group)
+        first, last = chunk(op.team, member, work, rows)
+    if status:
+        atomic_or(op.status, status)
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def quantize_operation(member, where):
+    """Quantises the rows of ``target`` of a record NORM, which are float32 already."""
+    op = carray(_norm_at(where), 1)[0]
+    target, work = carray(activation_at(op.target), 1)[0], carray(work_at(op.work), 1)[0]
+    rows, status = int64s(op.rows)[0], 0
+    begin(op.team, member, work, rows)
+    first, last = chunk(op.team, member, work, rows)
+    while last > first:
+        for row in range(first, last):
+            for group in range(groups_of(target)):
+                status |= quantize_group(target, row, group)
+        first, last = chunk(op.team, member, work, rows)
+    if status:
+        atomic_or(op.status, status)
 
 
 @njit(cache=True)
-def finish_add(sums, bias, out, rows):
-    """out[r, n] += float32(sums[r, n] * 2**-32) + bias[n]: the end of a row-parallel product, into the residual."""
-    status = OK
-    biased = bias.shape[0] > 0
-    for r in range(rows):
-        for n in range(out.shape[1]):
-            y = np.float32(np.float64(sums[r, n]) * UNFIXED)
-            if not abs(y) < OUTPUT_LIMIT:
-                status = OUT_OF_RANGE
-            if biased:
-                y += bias[n]
-            out[r, n] += y
-    return status
+def _quantized_row(op, row, out):
+    """(value * factor) for a row of a table of kind ``halves``, whose row scale is 1."""
+    lane, tile = row % _LANES, op.data + row // _LANES * op.tile_bytes
+    for group in range((op.columns + GROUP - 1) // GROUP):
+        line = tile + group // 2 * (17 * int8.BYTES)
+        factor = half_value(uint16s(line)[group % 2 * _LANES + lane])
+        values = int8s(line + int8.BYTES * (1 + group % 2 * int8.STEPS))
+        for i in range(min(GROUP, op.columns - group * GROUP)):
+            byte = values[(i // 8 * 2 + i % 2) * int8.BYTES + lane * 4 + i % 8 // 2]
+            out[group * GROUP + i] = np.float32((np.int32(byte) & 255) - 128) * factor
 
 
-@njit(cache=True)
-def silu_multiply(gate, up, out, rows):
-    """out = (gate * sigmoid(gate)) * up, float32 [rows, n] (SwiGLU, Shazeer 2020). ``out`` may be ``gate``."""
-    for r in range(rows):
-        for i in range(gate.shape[1]):
-            g = gate[r, i]
-            out[r, i] = (g * sigmoid(g)) * up[r, i]
-    return OK
-
-
-@njit(cache=True)
-def rope(x, cosines, sines, positions, rows):
-    """Rotates float32 [rows, heads * head_dim] in place (RoFormer, Su et al. 2021; half-split pairs).
-
-    cosines and sines are float32 [positions, head_dim / 2]; positions int32 [rows].
-    """
-    half = cosines.shape[1]
-    for r in range(rows):
-        c, s = cosines[positions[r]], sines[positions[r]]
-        for first in range(0, x.shape[1], 2 * half):
-            for i in range(half):
-                a, b = x[r, first + i], x[r, first + half + i]
-                x[r, first + i] = fma_scalar(-b, s[i], a * c[i])
-                x[r, first + half + i] = fma_scalar(a, s[i], b * c[i])
-    return OK
-
-
-@njit(cache=True)
-def to_half(x, out, rows):
-    """out = the bits of float16(x), uint16 [rows, n]; ``OUT_OF_RANGE`` where the value is not finite as a float16."""
-    status = OK
-    for r in range(rows):
-        for i in range(x.shape[1]):
-            bits = half_bits(x[r, i])
-            if bits & np.uint16(0x7C00) == np.uint16(0x7C00):
-                status = OUT_OF_RANGE
-            out[r, i] = bits
-    return status
-
-
-@njit(cache=True)
-def float_embedding(values, columns, tokens, first, rows_held, out, rows):
-    """out[r] = row tokens[r] of a float table held from row ``first`` on; zeros where the token lies elsewhere."""
-    for r in range(rows):
-        row = tokens[r] - first
-        held = 0 <= row < rows_held
-        for k in range(columns):
-            out[r, k] = values[row // 16, k, row % 16] if held else np.float32(0)
-    return OK
-
-
-@njit(cache=True)
-def integer_embedding(values, factors, row_scales, columns, tokens, first, rows_held, out, rows):
-    """As ``float_embedding`` for quantised rows: (value * factor) * row scale."""
-    for r in range(rows):
-        row = tokens[r] - first
-        held = 0 <= row < rows_held
-        for k in range(columns):
-            if held:
-                tile, lane = row // 16, row % 16
-                out[r, k] = (np.float32(values[tile, k, lane]) * factors[tile, k // GROUP, lane]) * row_scales[row]
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def embedding_operation(member, where):
+    """out[r] = row tokens[r] of a table of which ``held`` rows from ``first`` on are here; zeros where the token lies elsewhere."""
+    op = carray(_embedding_at(where), 1)[0]
+    work, rows, tokens = carray(work_at(op.work), 1)[0], int64s(op.rows)[0], int32s(op.tokens)
+    begin(op.team, member, work, rows)
+    first, last = chunk(op.team, member, work, rows)
+    while last > first:
+        for r in range(first, last):
+            row, out = tokens[r] - op.first, float32s(op.out + 4 * op.stride * r)
+            if row < 0 or row >= op.held:
+                for k in range(op.columns):
+                    out[k] = np.float32(0)
+            elif op.form == QUANTIZED:
+                _quantized_row(op, row, out)
             else:
-                out[r, k] = np.float32(0)
-    return OK
+                at = row // _LANES * op.columns * _LANES + row % _LANES
+                for k in range(op.columns):
+                    place = at + k * _LANES
+                    out[k] = half_value(uint16s(op.data)[place]) if op.form == FLOAT16 else float32s(op.data)[place]
+        first, last = chunk(op.team, member, work, rows)
 
 
-@njit(cache=True)
-def byte_embedding(values, factors, row_scales, columns, tokens, first, rows_held, out, rows):
-    """As ``integer_embedding`` for bytes in the order of the int8 products and float16 factors."""
-    for r in range(rows):
-        row = tokens[r] - first
-        held = 0 <= row < rows_held
-        for k in range(columns):
-            if held:
-                tile, lane = row // 16, row % 16
-                byte = values[tile, k // 8 * 2 + k % 2, lane * 4 + k % 8 // 2]
-                value = np.float32((np.int32(byte) & 255) - 128)
-                out[r, k] = (value * half_value(factors[tile, k // GROUP, lane])) * row_scales[row]
-            else:
-                out[r, k] = np.float32(0)
-    return OK
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def finish_operation(member, where):
+    """residual += float32(sums * 2**-32) + bias: the end of a product whose sums came from several ranks, [rows, columns]."""
+    op = carray(_finish_at(where), 1)[0]
+    work, rows, status = carray(work_at(op.work), 1)[0], int64s(op.rows)[0], 0
+    sums, residual, bias = int64s(op.sums), float32s(op.residual), float32s(op.bias)
+    begin(op.team, member, work, rows)
+    first, last = chunk(op.team, member, work, rows)
+    while last > first:
+        for r in range(first, last):
+            beyond = False
+            for n in range(op.columns):
+                y = np.float32(np.float64(sums[r * op.columns + n]) * UNFIXED)
+                beyond |= not abs(y) < OUTPUT_LIMIT
+                if op.bias:
+                    y += bias[n]
+                residual[r * op.columns + n] += y
+            status |= OUT_OF_RANGE if beyond else 0
+        first, last = chunk(op.team, member, work, rows)
+    if status:
+        atomic_or(op.status, status)

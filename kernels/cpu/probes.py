@@ -1,56 +1,84 @@
-"""What this machine can do at best: reading memory, and the arithmetic of registers alone. For benchmarks."""
+"""What this machine can do at best: reading memory, and the arithmetic of registers alone. For benchmarks.
+
+Both are operations of a program, so that they run on the very threads of the products that they are compared with.
+"""
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 
 from . import simd
 from . import simd_int8 as int8
-from .target import kernels
+from .memory import aligned, float32_at, int8_at, int32_at, int64_at, int64s, record, record_pointer
+from .program import Program
+from .team import THREADS
+from .workers import ONE_TASK, Pool
 
-CHAINS = 16                     # independent accumulators, enough to hide the latency of one instruction
+PROBE = record("team", "status", "work", "data", "count", "out")
+CHAINS = 8                      # independent accumulators, enough to hide the latency of one instruction on two pipes
+
+
+@intrinsic
+def _probe_at(typing_context, where):
+    return record_pointer(PROBE)
 
 
 @njit(cache=True)
-def _sum(words):
+def _sum(words, count):
     total = np.int64(0)
-    for i in range(words.shape[0]):
+    for i in range(count):
         total += words[i]
     return total
 
 
-@njit(cache=True, parallel=True)
-def read_memory(words, threads):
-    """The sum of an int64 array, so that every byte is read once, by ``threads`` threads."""
-    total, count = 0, words.shape[0]
-    for part in prange(threads):
-        total += _sum(words[count * part // threads : count * (part + 1) // threads])
-    return total
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def read_operation(member, where):
+    """Reads ``count`` int64 once, a range for each member."""
+    op = carray(_probe_at(where), 1)[0]
+    threads = int64s(op.team)[THREADS]
+    first, last = op.count * member // threads, op.count * (member + 1) // threads
+    int64s(op.out)[8 * member] = _sum(carray(int64_at(op.data + 8 * first), last - first), last - first)
 
 
-@njit(cache=True, parallel=True)
-def _dots(x, steps, threads, out):
-    for part in prange(threads):
-        weights, chain = int8.load_bytes(x, 0), simd.tile_zeros(CHAINS)
-        counts = int8.counts_start(chain, out, part, 0)
-        for _ in range(steps):
-            counts = int8.dot(counts, weights, x, 0, 0)
-        chain = int8.tile_fma_counts(chain, counts, 0, simd.splat(np.float32(1)), x.view(np.float32), 0, 0)
-        simd.store(out.view(np.float32), 16 * part, simd.tile_sum(chain))
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def dots_operation(member, where):
+    """``count`` times 64 dot products of 64 int8 in registers, on every member."""
+    op = carray(_probe_at(where), 1)[0]
+    kind, chain, x, data = int8.kind("bytes"), simd.tile_zeros(CHAINS), int8_at(op.data), int8_at(op.data)
+    raw, table = int8.load_raw(kind, data, 0, 0), int8.load_table(kind, data)
+    counts = int8.counts_start(kind, chain, int32_at(op.out), 16 * member, 0)
+    for _ in range(op.count):
+        counts = int8.dots(kind, counts, raw, 0, table, x, 0, 0)
+    chain = int8.tile_fma_counts(chain, counts, simd.splat(np.float32(1)), float32_at(op.data), 0, 0)
+    simd.store(float32_at(op.out), 16 * member, simd.tile_sum(chain))
 
 
-@njit(cache=True, parallel=True)
-def _fmas(x, steps, threads, out):
-    for part in prange(threads):
-        weights, chain = simd.load(x, 0), simd.tile_zeros(CHAINS)
-        for _ in range(steps):
-            chain = simd.tile_fma(chain, weights, x, 0, 0)
-        simd.store(out, 16 * part, simd.tile_sum(chain))
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def fmas_operation(member, where):
+    """``count`` times 8 multiply-adds of 16 float32 in registers, on every member."""
+    op = carray(_probe_at(where), 1)[0]
+    x = float32_at(op.data)
+    weights, chain = simd.load(x, 0), simd.tile_zeros(CHAINS)
+    for _ in range(op.count):
+        chain = simd.tile_fma(chain, weights, x, 0, 0)
+    simd.store(float32_at(op.out), 16 * member, simd.tile_sum(chain))
 
 
-def arithmetic(steps: int, threads: int) -> int:
-    """Runs the products' inner instruction in registers; returns the operations done (a multiply-add counts as two)."""
-    if kernels() == "float":
-        _fmas(np.ones(16, np.float32), steps, threads, np.zeros(16 * threads, np.float32))
-        return 2 * 16 * CHAINS * steps * threads
-    _dots(np.ones(64, np.int8), steps, threads, np.zeros(16 * threads, np.int32))
-    return 2 * 64 * CHAINS * steps * threads
+def _probe(pool: Pool, function, data: np.ndarray, count: int) -> Program:
+    program = Program(pool)
+    program.add("probe", function, PROBE, ONE_TASK.record(pool.threads), data=data, count=count,
+                out=np.zeros(16 * pool.threads, np.int64))
+    program.run()
+    return program
+
+
+def read_memory(pool: Pool, words: np.ndarray) -> Program:
+    """A program that reads an int64 array once."""
+    return _probe(pool, read_operation, words, words.size)
+
+
+def arithmetic(pool: Pool, steps: int, quantized: bool = True) -> tuple[Program, int]:
+    """A program of the products' inner instruction in registers, and its operations (a multiply-add counts as two)."""
+    if quantized:
+        return _probe(pool, dots_operation, aligned(4096, np.int8, 1), steps), 2 * 64 * int8.STEPS * CHAINS * steps * pool.threads
+    return _probe(pool, fmas_operation, aligned(64, np.float32, 1), steps), 2 * 16 * CHAINS * steps * pool.threads

@@ -2,7 +2,7 @@
 
 A kernel written with these says exactly which sums are chains and which lanes are independent, so no optimiser decides
 an order. ``vector`` is sixteen float32; ``Tile`` is one such vector for each of a few tokens, kept in registers.
-Loads take a C-contiguous array of any rank and a flat index; the array's dtype chooses the conversion: float32 as it
+Loads take a pointer or a C-contiguous array of any rank, and a flat index; the dtype chooses the conversion: float32 as it
 is, int8 by value, uint16 as the bits of a float16.
 """
 
@@ -10,10 +10,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
+from . import target
+
 LANES = 16
 
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VF, _V8, _V16, _V32, _V64 = (ir.VectorType(t, LANES) for t in (_F32, _I8, _I16, _I32, _I64))
+_VH = ir.VectorType(ir.HalfType(), LANES)
 
 
 class Vector(types.Type):
@@ -66,6 +69,8 @@ def _splat(builder, scalar):
 
 
 def _pointer(context, builder, array_type, array, index):
+    if isinstance(array_type, types.CPointer):
+        return builder.gep(array, [index])
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
@@ -79,6 +84,39 @@ def _vector_at(builder, pointer, llvm_vector, alignment):
     value = builder.load(builder.bitcast(pointer, llvm_vector.as_pointer()))
     value.align = alignment
     return value
+
+
+def _loop(builder, count, values, body):
+    """Emits ``for i in range(count): values = body(i, values)``, at least once; returns the last values.
+
+    Loops that carry register tiles are written as such: unrolled by hand, LLVM hoists their loads until registers run out.
+    """
+    before, head = builder.block, builder.append_basic_block("loop")
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(count.type)
+    index.add_incoming(ir.Constant(count.type, 0), before)
+    carried = [builder.phi(value.type) for value in values]
+    for phi, value in zip(carried, values, strict=True):
+        phi.add_incoming(value, before)
+    after = body(index, carried)
+    following = builder.add(index, ir.Constant(count.type, 1))
+    index.add_incoming(following, builder.block)
+    for phi, value in zip(carried, after, strict=True):
+        phi.add_incoming(value, builder.block)
+    done = builder.append_basic_block("done")
+    back = builder.cbranch(builder.icmp_signed("<", following, count), head, done)
+    back.set_metadata("llvm.loop", _not_unrolled(builder.module))
+    builder.position_at_end(done)
+    return after
+
+
+def _not_unrolled(module):
+    """A loop's identity (a node that refers to itself) with the wish not to be unrolled."""
+    wish = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    node = ir.MDValue(module, [], name=str(len(module.metadata)))
+    node.operands = (node, wish)
+    return node
 
 
 def _half_to_float(builder, half):
@@ -95,7 +133,10 @@ def _load(builder, dtype, pointer):
         return _vector_at(builder, pointer, _VF, 4)
     if dtype == types.int8:
         return builder.sitofp(_vector_at(builder, pointer, _V8, 1), _VF)
-    return _half_to_float(builder, _vector_at(builder, pointer, _V16, 2))
+    half = _vector_at(builder, pointer, _V16, 2)
+    if target.converts_halves():
+        return builder.fpext(builder.bitcast(half, _VH), _VF)
+    return _half_to_float(builder, half)
 
 
 @intrinsic
@@ -141,6 +182,14 @@ def multiply(typing_context, a, b):
     """a * b in each lane."""
     def codegen(context, builder, signature, arguments):
         return builder.fmul(*arguments)
+    return vector(vector, vector), codegen
+
+
+@intrinsic
+def add(typing_context, a, b):
+    """a + b in each lane."""
+    def codegen(context, builder, signature, arguments):
+        return builder.fadd(*arguments)
     return vector(vector, vector), codegen
 
 

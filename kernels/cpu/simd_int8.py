@@ -1,17 +1,58 @@
-"""Vectors of bytes and exact int8 dot products for AVX-512 with VNNI, and the 7-bit codes of ``q3_5`` with VBMI.
+"""Weights as bytes, and exact int8 dot products: sixteen rows at a time, for a few tokens, on any target.
 
-``bytes64`` is 64 bytes: four neighbouring k of each of 16 rows. ``Counts`` is sixteen int32 for each of a few tokens. One
-``dot`` multiplies unsigned weights (offset by 128) by signed activations and adds to the counts, which start at the
-correction -128 * sum(x). Load these intrinsics only where the target has them: LLVM aborts on the others.
+``bytes64`` is 64 bytes: four k of each of 16 rows. ``Counts`` is sixteen int32 for each of a few tokens. A dot product multiplies
+unsigned weights by signed activations and adds to the counts, which start at the correction for the weights' offset.
+
+A ``Kind`` says how weights lie in memory. Two neighbouring groups of 32 k of 16 rows are a pair of groups; a line of 64 bytes holds
+the factors of the pairs behind it:
+
+=========  =====================  ======================================================================================
+kind       a pair of groups       line of factors
+=========  =====================  ======================================================================================
+``codes``  7 x 64 bytes           for 4 pairs: in each of 16 words (rows) eight 4-bit indices into FACTORS, first group lowest
+``bytes``  16 x 64 bytes          likewise
+``halves`` 16 x 64 bytes          for 1 pair: 16 float16 of the first group, 16 of the second
+``nibble`` 8 x 64 bytes           likewise
+=========  =====================  ======================================================================================
+
+Byte i of vector j < 7 of ``codes`` holds a 7-bit code, and in its highest bit bit j of code i of an eighth vector. A code stands for
+two weights: vectors 0 to 3 are the first group, 4 to 7 the second. In a ``nibble`` byte the low four bits belong to an even step.
+Weights of a group take part in eight steps of four k: ``PAIR_ORDER`` in every eight k.
 """
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from .simd import _F32, _I8, _I32, _I64, _V32, _VF, LANES, _constant, _declare, _element, _fma, _pointer, _splat, vector
+from ..formats import FACTORS
+from ..numerics import GROUP, INFINITY_BITS, TINY, UNFIXED
+from . import target
+from .simd import (
+    _F32,
+    _I8,
+    _I16,
+    _I32,
+    _I64,
+    _V16,
+    _V32,
+    _VF,
+    LANES,
+    _constant,
+    _declare,
+    _element,
+    _fma,
+    _half_to_float,
+    _pointer,
+    _splat,
+    _vector_at,
+    vector,
+)
 
-_VB = ir.VectorType(_I8, 64)
+BYTES = 64
+PAIR_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+STEPS = GROUP // 4              # dot products of four k in a group
+UNIT = 8                        # groups whose activations lie together
+_VB = ir.VectorType(_I8, BYTES)
 
 
 class Bytes(types.Type):
@@ -29,6 +70,47 @@ class Counts(types.Type):
         super().__init__(name=f"counts({tokens})")
 
 
+class Kind(types.Type):
+    """A layout of weights: ``vectors`` of 64 bytes a pair of groups, ``line_pairs`` pairs a line of factors, and what to subtract
+    from a weight as stored: 128 >> ``shift``."""
+
+    def __init__(self, name: str, vectors: int, line_pairs: int, shift: int = 0):
+        self.layout, self.vectors, self.line_pairs, self.shift = name, vectors, line_pairs, shift
+        super().__init__(name=f"kind({name})")
+
+    @property
+    def indexed(self) -> bool:
+        """Whether factors are indices into FACTORS."""
+        return self.line_pairs == 4
+
+    def tile_bytes(self, groups: int) -> int:
+        """Bytes of 16 rows of so many groups."""
+        pairs = -(-groups // 2)
+        return (pairs * self.vectors + -(-pairs // self.line_pairs)) * BYTES
+
+
+KINDS = {kind.layout: kind for kind in (Kind("codes", 7, 4), Kind("bytes", 16, 4), Kind("halves", 16, 1), Kind("nibble", 8, 1, 4))}
+
+
+class FloatKind(types.Type):
+    """Weights that are not quantised: interleaved elements."""
+
+    def __init__(self, name: str, element: types.Type):
+        self.layout, self.element = name, element
+        super().__init__(name=f"kind({name})")
+
+
+FLOAT_KINDS = {kind.layout: kind for kind in (FloatKind("f32", types.float32), FloatKind("f16", types.uint16))}
+
+
+class Raw(types.Type):
+    """Weights of a pair of groups of 16 rows as they lie in memory; of ``codes``, with the eighth vector."""
+
+    def __init__(self, kind: Kind):
+        self.kind, self.vectors = kind, 8 if kind.layout == "codes" else kind.vectors
+        super().__init__(name=f"raw({kind.layout})")
+
+
 @register_model(Bytes)
 class _BytesModel(models.PrimitiveModel):
     def __init__(self, manager, fe_type):
@@ -41,6 +123,19 @@ class _CountsModel(models.PrimitiveModel):
         super().__init__(manager, fe_type, ir.ArrayType(_V32, fe_type.tokens))
 
 
+@register_model(Kind)
+@register_model(FloatKind)
+class _KindModel(models.PrimitiveModel):
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, _I8)
+
+
+@register_model(Raw)
+class _RawModel(models.PrimitiveModel):
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, ir.ArrayType(_VB, fe_type.vectors))
+
+
 bytes64 = Bytes()
 
 
@@ -50,135 +145,381 @@ def _splat32(builder, scalar):
     return builder.shuffle_vector(first, undefined, _constant(_V32, 0))
 
 
+def _bytes_of(value):
+    return ir.Constant(_VB, [value] * BYTES)
+
+
+def _lanes(*limits):
+    """A mask of lane numbers: those of range(*limits)."""
+    numbers = list(range(*limits))
+    return ir.Constant(ir.VectorType(_I32, len(numbers)), numbers)
+
+
+def _vectors(builder, value, llvm_vector, parts):
+    """``value`` cut into ``parts`` equal vectors."""
+    lanes = llvm_vector.count // parts
+    undefined = ir.Constant(llvm_vector, ir.Undefined)
+    return [builder.shuffle_vector(value, undefined, _lanes(p * lanes, (p + 1) * lanes))
+            for p in range(parts)]
+
+
+def _joined(builder, parts):
+    """The inverse of ``_vectors``: a power of two of vectors as one."""
+    while len(parts) > 1:
+        lanes = parts[0].type.count
+        parts = [builder.shuffle_vector(a, b, _lanes(0, 2 * lanes)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+@intrinsic
+def kind(typing_context, name):
+    """The Kind of a literal name."""
+    if not isinstance(name, types.StringLiteral):
+        return None
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(_I8, 0)
+    return (KINDS | FLOAT_KINDS)[name.literal_value](name), codegen
+
+
+@intrinsic
+def elements_at(typing_context, kind, where):
+    """A pointer to the elements of weights that are not quantised."""
+    pointer = types.CPointer(kind.element)
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[1], context.get_value_type(pointer))
+    return pointer(kind, types.intp), codegen
+
+
+@intrinsic
+def vectors_of(typing_context, kind):
+    """Vectors of 64 bytes of a pair of groups."""
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(_I64, kind.vectors)
+    return types.intp(kind), codegen
+
+
+@intrinsic
+def line_pairs_of(typing_context, kind):
+    """Pairs of groups that share a line of factors."""
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(_I64, kind.line_pairs)
+    return types.intp(kind), codegen
+
+
+def _load_at(context, builder, array_type, array, index, alignment=1):
+    value = builder.load(builder.bitcast(_pointer(context, builder, array_type, array, index), _VB.as_pointer()))
+    value.align = alignment
+    return value
+
+
 @intrinsic
 def load_bytes(typing_context, array, index):
     """array[index : index + 64] of an int8 array."""
     def codegen(context, builder, signature, arguments):
-        pointer = _pointer(context, builder, array, *arguments)
-        value = builder.load(builder.bitcast(pointer, _VB.as_pointer()))
-        value.align = 1
-        return value
+        return _load_at(context, builder, array, *arguments)
     return bytes64(array, types.intp), codegen
 
 
 @intrinsic
-def store_bytes(typing_context, array, index, value):
-    """array[index : index + 64] = value, int8."""
+def load_raw(typing_context, kind, array, index, ahead):
+    """The weights of a pair of groups at array[index], int8, an address that is a multiple of 64.
+
+    Prefetches what lies ``ahead`` bytes behind, and the line of factors before it.
+    """
+    raw = Raw(kind)
     def codegen(context, builder, signature, arguments):
-        pointer = _pointer(context, builder, array, arguments[0], arguments[1])
-        builder.store(arguments[2], builder.bitcast(pointer, _VB.as_pointer())).align = 1
-        return context.get_dummy_value()
-    return types.void(array, types.intp, bytes64), codegen
-
-
-@intrinsic
-def codes_of(typing_context, packed):
-    """The 64 7-bit codes in the first 56 of 64 bytes, one a byte; the eighth bit of each is arbitrary (VBMI)."""
-    def codegen(context, builder, signature, arguments):
-        undefined = ir.Constant(_VB, ir.Undefined)
-        # Byte 7 of every eight is not looked at by the shifts that matter.
-        places = ir.Constant(ir.VectorType(_I32, 64), [min(i // 8 * 7 + i % 8, 63) for i in range(64)])
-        spread = builder.shuffle_vector(arguments[0], undefined, places)
-        shifts = ir.Constant(_VB, [7 * (i % 8) for i in range(64)])
-        name = "llvm.x86.avx512.pmultishift.qb.512"
-        return builder.call(_declare(builder, name, _VB, [_VB] * 2), [shifts, spread])
-    return bytes64(bytes64), codegen
-
-
-@intrinsic
-def look_up(typing_context, codes, low, high):
-    """Byte codes[i] & 127 of the table of 128 bytes ``low``, ``high`` for every i (VBMI)."""
-    def codegen(context, builder, signature, arguments):
-        codes, low, high = arguments
-        function = _declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _VB, [_VB] * 3)
-        return builder.call(function, [low, codes, high])
-    return bytes64(bytes64, bytes64, bytes64), codegen
-
-
-@intrinsic
-def counts_start(typing_context, tile, corrections, offset, stride):
-    """Counts for the tokens of ``tile``, starting at corrections[offset + t * stride] in every lane."""
-    counts = Counts(tile.tokens)
-    def codegen(context, builder, signature, arguments):
-        _, array, offset, stride = arguments
-        result = ir.Constant(context.get_value_type(counts), ir.Undefined)
-        for t in range(counts.tokens):
-            start = builder.load(_element(context, builder, corrections, array, offset, stride, t))
-            result = builder.insert_value(result, _splat32(builder, start), t)
+        _, array_value, index, ahead = arguments
+        result = ir.Constant(context.get_value_type(raw), ir.Undefined)
+        eighth = None
+        later = builder.add(index, ahead)
+        _prefetch(context, builder, array, array_value, builder.sub(later, ir.Constant(index.type, BYTES)))
+        high, words = _bytes_of(0x80), ir.VectorType(_I64, 8)
+        for j in range(kind.vectors):
+            at = builder.add(index, ir.Constant(index.type, j * BYTES))
+            value = _load_at(context, builder, array, array_value, at, BYTES)
+            _prefetch(context, builder, array, array_value, builder.add(later, ir.Constant(index.type, j * BYTES)))
+            result = builder.insert_value(result, value, j)
+            if kind.layout == "codes":
+                bits = builder.and_(value, high)
+                if eighth is not None:
+                    # A bit moves to the next lower place; the lowest, which would fall into the neighbouring byte, is still zero.
+                    eighth = _shift_right(builder, eighth, 1, words)
+                eighth = bits if eighth is None else builder.or_(eighth, bits)
+        if kind.layout == "codes":
+            result = builder.insert_value(result, _shift_right(builder, eighth, 1, words), 7)
         return result
-    return counts(tile, corrections, types.intp, types.intp), codegen
+    return raw(kind, array, types.intp, types.intp), codegen
+
+
+def _prefetch(context, builder, array_type, array, index, write=0):
+    pointer = builder.bitcast(_pointer(context, builder, array_type, array, index), _I8.as_pointer())
+    function = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    builder.call(function, [pointer, ir.Constant(_I32, write), ir.Constant(_I32, 3), ir.Constant(_I32, 1)])
+
+
+def _shift_right(builder, value, count, words):
+    shifted = builder.lshr(builder.bitcast(value, words), ir.Constant(words, [count] * words.count))
+    return builder.bitcast(shifted, _VB)
+
+
+def _look_up(builder, table, codes):
+    """Byte codes[i] & 127 of a table of two vectors (VBMI)."""
+    if target.kernels() != "vbmi":
+        # The product of ``codes`` is compiled on every target, and never called on this one.
+        builder.call(_declare(builder, "llvm.trap", ir.VoidType(), []), [])
+        return codes
+    function = _declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _VB, [_VB] * 3)
+    return builder.call(function, [table[0], codes, table[1]])
+
+
+def _weights(builder, kind, raw, table, half, step):
+    """The unsigned weights of a step of one group of a pair; ``table``: four vectors."""
+    if kind.layout == "codes":
+        codes = builder.extract_value(raw, 4 * half + step // 2)
+        return _look_up(builder, table[2 * (step % 2) : 2 * (step % 2) + 2], codes)
+    if kind.layout == "nibble":
+        both = builder.extract_value(raw, 4 * half + step // 2)
+        both = _shift_right(builder, both, 4, ir.VectorType(_I64, 8)) if step % 2 else both
+        return builder.and_(both, _bytes_of(15))
+    return builder.extract_value(raw, STEPS * half + step)
+
+
+class Table(types.Type):
+    """The codebook of ``codes``: first values of the 128 pairs, then second ones, in four vectors."""
+
+    def __init__(self):
+        super().__init__(name="table")
+
+
+@register_model(Table)
+class _TableModel(models.PrimitiveModel):
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, ir.ArrayType(_VB, 4))
+
+
+table_type = Table()
+
+
+@intrinsic
+def load_table(typing_context, kind, array):
+    """The codebook in int8 [256]; nothing for other kinds than ``codes``."""
+    def codegen(context, builder, signature, arguments):
+        result = ir.Constant(context.get_value_type(table_type), ir.Undefined)
+        if kind.layout != "codes":
+            return result
+        for i in range(4):
+            value = _load_at(context, builder, array, arguments[1], ir.Constant(_I64, i * BYTES))
+            result = builder.insert_value(result, value, i)
+        return result
+    return table_type(kind, array), codegen
+
+
+def _table(builder, table):
+    return [builder.extract_value(table, i) for i in range(4)]
 
 
 def _dot(builder, counts, weights, spread):
-    function = _declare(builder, "llvm.x86.avx512.vpdpbusd.512", _V32, [_V32, _VB, _VB])
-    return builder.call(function, [counts, weights, spread])
+    """counts + the dot products of four unsigned bytes with four signed ones in each of sixteen lanes."""
+    name = target.kernels()
+    if name in ("vbmi", "vnni"):
+        return builder.call(_declare(builder, "llvm.x86.avx512.vpdpbusd.512", _V32, [_V32, _VB, _VB]), [counts, weights, spread])
+    if name == "avxvnni":
+        word, byte = ir.VectorType(_I32, 8), ir.VectorType(_I8, 32)
+        # Names without a type of bytes became the rule in LLVM 21; both are understood up to there.
+        function = _declare(builder, "llvm.x86.avx512.vpdpbusd.256", word, [word, byte, byte])
+        parts = zip(_vectors(builder, counts, _V32, 2), _vectors(builder, weights, _VB, 2), _vectors(builder, spread, _VB, 2),
+                    strict=True)
+        return _joined(builder, [builder.call(function, list(part)) for part in parts])
+    return _dot_through_words(builder, counts, weights, spread)
+
+
+def _dot_through_words(builder, counts, weights, spread):
+    """As ``_dot``: even and odd bytes become 16-bit words, of which two neighbours are multiplied and added."""
+    words, eight = ir.VectorType(_I16, 32), ir.Constant(ir.VectorType(_I16, 32), [8] * 32)
+    weights, spread = builder.bitcast(weights, words), builder.bitcast(spread, words)
+    unsigned = builder.and_(weights, ir.Constant(words, [255] * 32)), builder.lshr(weights, eight)
+    signed = builder.ashr(builder.shl(spread, eight), eight), builder.ashr(spread, eight)
+    for a, b in zip(unsigned, signed, strict=True):
+        counts = builder.add(counts, _multiply_add_pairs(builder, a, b))
+    return counts
+
+
+def _multiply_add_pairs(builder, a, b):
+    """int32 x 16: sums of two neighbouring products of int16."""
+    bits = target.vector_bits()
+    words = ir.VectorType(_I16, 32)
+    if not target.is_x86():
+        wide = ir.VectorType(_I32, 32)
+        products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+        undefined = ir.Constant(wide, ir.Undefined)
+        even, odd = (builder.shuffle_vector(products, undefined, _lanes(first, 32, 2)) for first in (0, 1))
+        return builder.add(even, odd)
+    name = {512: "llvm.x86.avx512.pmaddw.d.512", 256: "llvm.x86.avx2.pmadd.wd", 128: "llvm.x86.sse2.pmadd.wd"}[bits]
+    parts = 512 // bits
+    short, long = ir.VectorType(_I16, 32 // parts), ir.VectorType(_I32, 16 // parts)
+    function = _declare(builder, name, long, [short, short])
+    pieces = zip(_vectors(builder, a, words, parts), _vectors(builder, b, words, parts), strict=True)
+    return _joined(builder, [builder.call(function, list(piece)) for piece in pieces])
 
 
 def _spread_four(context, builder, x, values, offset, stride, token):
     """The four bytes at x[offset + token * stride], sixteen times."""
     pointer = _element(context, builder, x, values, offset, stride, token)
     four = builder.load(builder.bitcast(pointer, _I32.as_pointer()))
-    four.align = 1
+    four.align = 4
     return builder.bitcast(_splat32(builder, four), _VB)
 
 
 @intrinsic
-def dot(typing_context, counts, weights, x, offset, stride):
-    """counts[t] += the dot product of each lane's four weights with the four int8 at x[offset + t * stride] (VNNI)."""
+def counts_start(typing_context, kind, tile, corrections, offset, stride):
+    """Counts for the tokens of ``tile``: corrections[offset + t * stride] in every lane, which are -128 * the sum of x."""
+    counts = Counts(tile.tokens)
     def codegen(context, builder, signature, arguments):
-        result, weights, values, offset, stride = arguments
+        _, _, array, offset, stride = arguments
+        result = ir.Constant(context.get_value_type(counts), ir.Undefined)
         for t in range(counts.tokens):
-            spread = _spread_four(context, builder, x, values, offset, stride, t)
-            result = builder.insert_value(result, _dot(builder, builder.extract_value(result, t), weights, spread), t)
+            start = builder.load(_element(context, builder, corrections, array, offset, stride, t))
+            start = builder.ashr(start, ir.Constant(_I32, kind.shift)) if kind.shift else start
+            result = builder.insert_value(result, _splat32(builder, start), t)
         return result
-    return counts(counts, bytes64, x, types.intp, types.intp), codegen
+    return counts(kind, tile, corrections, types.intp, types.intp), codegen
 
 
 @intrinsic
-def dot_two(typing_context, counts, weights0, weights1, x, offset, stride):
-    """As ``dot`` for two tiles of rows that share the loads of x; ``counts`` holds both, first tile first."""
-    tokens = counts.tokens // 2
-    def codegen(context, builder, signature, arguments):
-        result, weights0, weights1, values, offset, stride = arguments
-        for t in range(tokens):
-            spread = _spread_four(context, builder, x, values, offset, stride, t)
-            for place, weights in ((t, weights0), (tokens + t, weights1)):
-                value = _dot(builder, builder.extract_value(result, place), weights, spread)
-                result = builder.insert_value(result, value, place)
-        return result
-    return counts(counts, bytes64, bytes64, x, types.intp, types.intp), codegen
+def dots(typing_context, kind, counts, raw, half, table, x, offset, stride):
+    """counts[t] += the dot products of a group of 16 rows with the 32 int8 at x[offset + t * stride].
 
-
-@intrinsic
-def counts_twice(typing_context, counts):
-    """Counts for two tiles of rows, both starting as ``counts``."""
-    twice = Counts(2 * counts.tokens)
-    def codegen(context, builder, signature, arguments):
-        result = ir.Constant(context.get_value_type(twice), ir.Undefined)
-        for place in range(twice.tokens):
-            result = builder.insert_value(result, builder.extract_value(arguments[0], place % counts.tokens), place)
-        return result
-    return twice(counts), codegen
-
-
-@intrinsic
-def tile_fma_counts(typing_context, tile, counts, part, factors, scales, offset, stride):
-    """tile[t] = fma(float32(counts[t]), factors * scales[offset + t * stride], tile[t]) for every token t.
-
-    ``part``, a literal, chooses the tile of rows in counts of two.
+    ``half``, a literal, chooses the group of the pair.
     """
-    if not isinstance(part, types.IntegerLiteral):
+    if not isinstance(half, types.IntegerLiteral):
         return None
-    first = part.literal_value * tile.tokens
+    group = half.literal_value
     def codegen(context, builder, signature, arguments):
-        result, counts, _, factors, values, offset, stride = arguments
+        _, result, raw, _, table, values, offset, stride = arguments
+        chosen = _table(builder, table)
+        sums = [builder.extract_value(result, t) for t in range(counts.tokens)]
+        for step in range(STEPS):
+            weights = _weights(builder, kind, raw, chosen, group, step)
+            at = builder.add(offset, ir.Constant(offset.type, 4 * step))
+            for t in range(counts.tokens):
+                sums[t] = _dot(builder, sums[t], weights, _spread_four(context, builder, x, values, at, stride, t))
+        for t in range(counts.tokens):
+            result = builder.insert_value(result, sums[t], t)
+        return result
+    return counts(kind, counts, raw, half, table_type, x, types.intp, types.intp), codegen
+
+
+@intrinsic
+def prefetch_to_write(typing_context, array, index):
+    """Asks for the cache line of array[index], which will be written."""
+    def codegen(context, builder, signature, arguments):
+        _prefetch(context, builder, array, *arguments, write=1)
+        return context.get_dummy_value()
+    return types.void(array, types.intp), codegen
+
+
+@intrinsic
+def tile_fma_counts(typing_context, tile, counts, factors, scales, offset, stride):
+    """tile[t] = fma(float32(counts[t]), factors * scales[offset + t * stride], tile[t]) for every token t."""
+    def codegen(context, builder, signature, arguments):
+        result, counts, factors, values, offset, stride = arguments
         for t in range(tile.tokens):
             scalar = builder.load(_element(context, builder, scales, values, offset, stride, t))
             scale = builder.fmul(factors, _splat(builder, scalar))
-            dots = builder.sitofp(builder.extract_value(counts, first + t), _VF)
+            dots = builder.sitofp(builder.extract_value(counts, t), _VF)
             result = builder.insert_value(result, _fma(builder, dots, scale, builder.extract_value(result, t)), t)
         return result
-    return tile(tile, counts, part, vector, scales, types.intp, types.intp), codegen
+    return tile(tile, counts, vector, scales, types.intp, types.intp), codegen
+
+
+@intrinsic
+def factors_of(typing_context, kind, line, half):
+    """Factors of 16 rows of one group of a pair; ``half`` is a literal, and the line of indices has been moved to the pair."""
+    if not isinstance(half, types.IntegerLiteral):
+        return None
+    group = half.literal_value
+    def codegen(context, builder, signature, arguments):
+        line = arguments[1]
+        if kind.indexed:
+            words = builder.bitcast(line, _V32)
+            return _choose(builder, builder.lshr(words, _constant(_V32, 4 * group)) if group else words)
+        halves = _vectors(builder, builder.bitcast(line, ir.VectorType(_I16, 32)), ir.VectorType(_I16, 32), 2)[group]
+        if target.converts_halves():
+            return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), _VF)
+        return _half_to_float(builder, builder.bitcast(halves, _V16))
+    return vector(kind, bytes64, half), codegen
+
+
+def _choose(builder, words):
+    """FACTORS[the lowest four bits of each lane]."""
+    if target.vector_bits() == 512:
+        table = ir.Constant(_VF, FACTORS.tolist())
+        return builder.call(_declare(builder, "llvm.x86.avx512.permvar.sf.512", _VF, [_VF, _V32]), [table, words])
+    if target.vector_bits() == 256:
+        eight, index = ir.VectorType(_F32, 8), ir.VectorType(_I32, 8)
+        function = _declare(builder, "llvm.x86.avx2.permps", eight, [eight, index])
+        parts = []
+        for part in _vectors(builder, words, _V32, 2):
+            low, high = (builder.call(function, [ir.Constant(eight, FACTORS[first : first + 8].tolist()), part]) for first in (0, 8))
+            upper = builder.icmp_unsigned("!=", builder.and_(part, ir.Constant(index, [8] * 8)), ir.Constant(index, [0] * 8))
+            parts.append(builder.select(upper, high, low))
+        return _joined(builder, parts)
+    # The table's sixteen entries one after the other: compare and choose, without a lookup.
+    places = builder.and_(words, _constant(_V32, 15))
+    result = _constant(_VF, float(FACTORS[0]))
+    for entry in range(1, LANES):
+        here = builder.icmp_signed("==", places, _constant(_V32, entry))
+        result = builder.select(here, _constant(_VF, float(FACTORS[entry])), result)
+    return result
+
+
+@intrinsic
+def next_line(typing_context, kind, line):
+    """The line of factors moved on to the next pair of groups."""
+    def codegen(context, builder, signature, arguments):
+        return _shift_words(builder, arguments[1], 8) if kind.indexed else arguments[1]
+    return bytes64(kind, bytes64), codegen
+
+
+def _shift_words(builder, line, count):
+    return builder.bitcast(builder.lshr(builder.bitcast(line, _V32), _constant(_V32, count)), _VB)
+
+
+@intrinsic
+def quantize_32(typing_context, values, source, x, scales, corrections, at):
+    """Quantises the 32 float32 from values[source] on as group ``at``; returns whether all were finite.
+
+    x[32 at …] = rint(value * (127 / amax)) in ``PAIR_ORDER``, scales[at] = amax / 127, both zero where amax is below 2**-100, and
+    corrections[at] = -128 * the sum of x.
+    """
+    def codegen(context, builder, signature, arguments):
+        values_, source, x_, scales_, corrections_, at = arguments
+        def plain(number):
+            return ir.Constant(_F32, number)
+        parts = [_vector_at(builder, _pointer(context, builder, values, values_,
+                                              builder.add(source, ir.Constant(_I64, part * LANES))), _VF, 4) for part in range(2)]
+        sizes = [builder.and_(builder.bitcast(part, _V32), _constant(_V32, 0x7FFFFFFF)) for part in parts]
+        both = builder.call(_declare(builder, "llvm.umax.v16i32", _V32, [_V32, _V32]), sizes)
+        largest = builder.call(_declare(builder, "llvm.vector.reduce.umax.v16i32", _I32, [_V32]), [both])
+        amax = builder.bitcast(largest, _F32)
+        small = builder.fcmp_ordered("<", amax, plain(float(TINY)))
+        inverse = builder.select(small, plain(0.0), builder.fdiv(plain(127.0), amax))
+        whole = []
+        for part in parts:
+            scaled = builder.fmul(part, _splat(builder, inverse))
+            whole.append(builder.fptosi(builder.call(_declare(builder, "llvm.rint.v16f32", _VF, [_VF]), [scaled]), _V32))
+        total = builder.call(_declare(builder, "llvm.vector.reduce.add.v16i32", _I32, [_V32]), [builder.add(*whole)])
+        order = [i // 8 * 8 + PAIR_ORDER[i % 8] for i in range(GROUP)]
+        short = ir.VectorType(_I8, LANES)
+        mixed = builder.shuffle_vector(*(builder.trunc(part, short) for part in whole), ir.Constant(ir.VectorType(_I32, GROUP), order))
+        place = _pointer(context, builder, x, x_, builder.mul(at, ir.Constant(_I64, GROUP)))
+        builder.store(mixed, builder.bitcast(place, mixed.type.as_pointer())).align = GROUP
+        scale = builder.select(small, plain(0.0), builder.fdiv(amax, plain(127.0)))
+        builder.store(scale, _pointer(context, builder, scales, scales_, at))
+        correction = builder.mul(total, ir.Constant(_I32, -128))
+        builder.store(correction, _pointer(context, builder, corrections, corrections_, at))
+        return builder.icmp_unsigned("<", largest, ir.Constant(_I32, INFINITY_BITS))
+    return types.boolean(values, types.intp, x, scales, corrections, types.intp), codegen
 
 
 @intrinsic
@@ -190,6 +531,16 @@ def no_bits(typing_context):
     return bits(), codegen
 
 
+def _rounded(builder, eight):
+    """int64 x 8, half to even."""
+    wide = ir.VectorType(_I64, LANES // 2)
+    if target.vector_bits() == 512:
+        convert = _declare(builder, "llvm.x86.avx512.mask.cvtps2qq.512", wide, [eight.type, wide, _I8, _I32])
+        return builder.call(convert, [eight, ir.Constant(wide, [0] * 8), ir.Constant(_I8, -1), ir.Constant(_I32, 4)])
+    whole = builder.call(_declare(builder, "llvm.rint.v8f32", eight.type, [eight.type]), [eight])
+    return builder.fptosi(whole, wide)
+
+
 @intrinsic
 def tile_add_totals(typing_context, tile, scales, totals, offset, stride, largest):
     """totals[offset + t * stride …+ 16] (int64) += rint(tile[t] * scales) for every token t.
@@ -199,26 +550,45 @@ def tile_add_totals(typing_context, tile, scales, totals, offset, stride, larges
     """
     def codegen(context, builder, signature, arguments):
         values, scales, array, offset, stride, largest = arguments
-        half, wide = ir.VectorType(_F32, LANES // 2), ir.VectorType(_I64, LANES // 2)
-        convert = _declare(builder, "llvm.x86.avx512.mask.cvtps2qq.512", wide, [half, wide, _I8, _I32])
+        wide, bits = ir.VectorType(_I64, LANES // 2), builder.extract_value(largest, 0)
         highest = _declare(builder, "llvm.umax.v16i32", _V32, [_V32, _V32])
-        zeros, everything, nearest = ir.Constant(wide, [0] * (LANES // 2)), ir.Constant(_I8, -1), ir.Constant(_I32, 4)
-        bits = builder.extract_value(largest, 0)
         for t in range(tile.tokens):
             product = builder.fmul(builder.extract_value(values, t), scales)
-            magnitude = builder.and_(builder.bitcast(product, _V32), _constant(_V32, 0x7FFFFFFF))
-            bits = builder.call(highest, [bits, magnitude])
-            for part in range(2):
-                lanes = ir.Constant(ir.VectorType(_I32, LANES // 2), [part * LANES // 2 + i for i in range(LANES // 2)])
-                eight = builder.shuffle_vector(product, ir.Constant(_VF, ir.Undefined), lanes)
-                whole = builder.call(convert, [eight, zeros, everything, nearest])
+            bits = builder.call(highest, [bits, builder.and_(builder.bitcast(product, _V32), _constant(_V32, 0x7FFFFFFF))])
+            for part, eight in enumerate(_vectors(builder, product, _VF, 2)):
                 index = builder.add(offset, ir.Constant(offset.type, part * LANES // 2))
                 address = builder.bitcast(_element(context, builder, totals, array, index, stride, t), wide.as_pointer())
                 old = builder.load(address)
-                old.align = 8
-                builder.store(builder.add(old, whole), address).align = 8
+                old.align = BYTES
+                builder.store(builder.add(old, _rounded(builder, eight)), address).align = BYTES
         return builder.insert_value(largest, bits, 0)
     return largest(tile, vector, totals, types.intp, types.intp, largest), codegen
+
+
+@intrinsic
+def finished(typing_context, totals, index):
+    """Sixteen int64 multiples of 2**-32 from totals[index] on as float32: rounded to float64, then to float32."""
+    def codegen(context, builder, signature, arguments):
+        double, eight = ir.VectorType(ir.DoubleType(), 8), ir.VectorType(_F32, 8)
+        parts = []
+        for part in range(2):
+            at = builder.add(arguments[1], ir.Constant(_I64, 8 * part))
+            whole = _vector_at(builder, _pointer(context, builder, totals, arguments[0], at), ir.VectorType(_I64, 8), 8)
+            scaled = builder.fmul(builder.sitofp(whole, double), ir.Constant(double, [UNFIXED] * 8))
+            parts.append(builder.fptrunc(scaled, eight))
+        return _joined(builder, parts)
+    return vector(totals, types.intp), codegen
+
+
+@intrinsic
+def raise_bits(typing_context, largest, value):
+    """``largest`` raised, lane by lane, to the absolute bit patterns of a vector."""
+    def codegen(context, builder, signature, arguments):
+        largest, value = arguments
+        magnitude = builder.and_(builder.bitcast(value, _V32), _constant(_V32, 0x7FFFFFFF))
+        highest = _declare(builder, "llvm.umax.v16i32", _V32, [_V32, _V32])
+        return builder.insert_value(largest, builder.call(highest, [builder.extract_value(largest, 0), magnitude]), 0)
+    return largest(largest, vector), codegen
 
 
 @intrinsic
@@ -230,20 +600,3 @@ def all_below(typing_context, bits, limit):
         mask = builder.bitcast(below, ir.IntType(LANES))
         return builder.icmp_unsigned("==", mask, ir.Constant(ir.IntType(LANES), 2**LANES - 1))
     return types.boolean(bits, types.int32), codegen
-
-
-@intrinsic
-def choose_factors(typing_context, indices, index, table):
-    """Sixteen floats table[i] for the sixteen 4-bit indices in the bytes indices[index : index + 8]."""
-    def codegen(context, builder, signature, arguments):
-        array, index, table = arguments
-        both = builder.load(builder.bitcast(_pointer(context, builder, indices, array, index), _I64.as_pointer()))
-        both.align = 1
-        undefined = ir.Constant(_V32, ir.Undefined)
-        low, high = builder.trunc(both, _I32), builder.trunc(builder.lshr(both, ir.Constant(_I64, 32)), _I32)
-        words = builder.insert_element(builder.insert_element(undefined, low, ir.Constant(_I32, 0)), high, ir.Constant(_I32, 1))
-        words = builder.shuffle_vector(words, undefined, ir.Constant(_V32, [0] * 8 + [1] * 8))
-        shifts = ir.Constant(_V32, [4 * (i % 8) for i in range(LANES)])
-        places = builder.and_(builder.lshr(words, shifts), _constant(_V32, 15))
-        return builder.call(_declare(builder, "llvm.x86.avx512.permvar.sf.512", _VF, [_VF, _V32]), [table, places])
-    return vector(indices, types.intp, vector), codegen

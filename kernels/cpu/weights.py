@@ -1,44 +1,198 @@
-"""Weights as the kernels of this process hold them: room for a format, and its bytes."""
+"""Weights as the kernels of this process hold them: room for a format, filled row by row.
+
+Quantised weights lie in tiles of 16 rows, of which ``simd_int8`` describes the bytes. float32 and float16 ones are interleaved
+[tiles, columns, 16].
+"""
+
+from dataclasses import dataclass, field
 
 import numpy as np
+from numba import njit
 
-from ..formats import Blocks, Packed
+from ..formats import CODEBOOK_SIZE, PAIRS, Blocks, Packed, unpack_codes
 from ..numerics import GROUP
-from . import int8_weights, matmul
-from .target import kernels
+from . import target
+from .memory import address, aligned
+from .products import PART
+from .simd_int8 import BYTES, KINDS, PAIR_ORDER, STEPS
 
-LANES = matmul.LANES
-
-
-def allocate(weights_format: str, rows: int, blocks: Blocks, codebook=None):
-    """Room for ``rows`` rows of weights in ``f32``, ``q8`` or ``q3_5`` (with its codebook), to be given to ``fill``."""
-    if weights_format == "f32":
-        return matmul.empty_float_weights(rows, blocks.size, blocks.block)
-    shape = rows, blocks.groups, blocks.groups_per_block
-    if kernels() == "float":
-        return matmul.empty_integer_weights(*shape)
-    if weights_format == "q3_5" and kernels() == "vbmi":
-        return int8_weights.empty_pair_weights(*shape, codebook)
-    return int8_weights.empty_byte_weights(*shape, np.uint16 if weights_format == "q8" else np.float32)
+LANES = 16
+BEHIND = 32 << 10               # bytes behind the last tile that a prefetch may name
+_ORDER = np.array(PAIR_ORDER)
 
 
-def fill(weights, first_row: int, part: np.ndarray | Packed) -> None:
-    """Stores float32 rows, or packed ones, as rows first_row … of weights from ``allocate``."""
-    if isinstance(weights, matmul.FloatWeights):
-        matmul.fill_float(weights, first_row, part)
-    elif isinstance(weights, matmul.IntegerWeights):
-        matmul.fill_integer(weights, first_row, *part.unpack())
-    else:
-        weights.fill(first_row, part)
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """``rows`` x ``blocks.size`` weights. ``layout``: ``codes``, ``bytes``, ``halves``, ``nibble``, ``f32`` or ``f16``.
+
+    ``data``: int8 [tiles, bytes of a tile], or float32 or uint16 [tiles, columns, 16]; ``row_scales`` float32 [tiles * 16];
+    ``table`` int8 [256]: the codebook of ``codes`` offset by 128, first values of the pairs first.
+    """
+
+    layout: str
+    rows: int
+    blocks: Blocks
+    data: np.ndarray
+    row_scales: np.ndarray
+    table: np.ndarray | None = None
+    codebook: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether products multiply integers."""
+        return self.layout in KINDS
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (self.data, self.row_scales, self.table) if array is not None)
+
+    def part(self, out: np.ndarray | None = None, bias: np.ndarray | None = None) -> "Part":
+        """These weights, the bias of their outputs (None or empty: none), and the array [rows, outputs] that takes them."""
+        bias, stride = None if bias is None or not bias.size else bias, 0 if out is None else out.shape[1]
+        record = np.array([(address(self.data), address(self.table), address(self.row_scales), address(bias),
+                            self.data.strides[0], self.rows, self.blocks.groups, self.blocks.groups_per_block, address(out), stride,
+                            self.blocks.size, self.blocks.block)], PART)
+        return Part(record, (self, out, bias))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One matrix of a product: a record PART, and the arrays whose addresses it holds."""
+
+    record: np.ndarray
+    arrays: tuple
+
+
+def layout_of(weights_format: str) -> str:
+    """How this process holds a weight format: ``q3_5`` as codes where looking them up is one instruction, else as bytes."""
+    if weights_format == "q3_5":
+        return "codes" if target.kernels() == "vbmi" else "bytes"
+    return {"q8": "halves", "q4": "nibble"}.get(weights_format, weights_format)
+
+
+def allocate(weights_format: str, rows: int, blocks: Blocks, codebook=None) -> Weights:
+    """Room for ``rows`` rows of weights in a format (``q3_5``: with its codebook), to be given to ``fill``."""
+    layout, tiles = layout_of(weights_format), -(-rows // LANES)
+    scales = np.zeros(tiles * LANES, np.float32)
+    if layout not in KINDS:
+        scales[:] = 1
+        return Weights(layout, rows, blocks, aligned((tiles, blocks.size, LANES), np.float32 if layout == "f32" else np.uint16, 0), scales)
+    size = KINDS[layout].tile_bytes(blocks.groups)
+    data = aligned(tiles * size + BEHIND, np.int8, 0)[: tiles * size].reshape(tiles, size)
+    table = None
+    if layout == "codes":
+        table = aligned(2 * CODEBOOK_SIZE, np.int8)
+        table[:] = (codebook.astype(np.int16) + 128).astype(np.uint8).T.reshape(-1).view(np.int8)
+    return Weights(layout, rows, blocks, data, scales, table, codebook)
 
 
 def allocated_bytes(weights_format: str, rows: int, blocks: Blocks) -> int:
     """``nbytes`` of what ``allocate`` would give."""
-    rows = -(-rows // LANES) * LANES
-    if weights_format == "f32":
-        return rows * 4 * (blocks.size + 1)
-    if weights_format == "q3_5" and kernels() == "vbmi":
-        group = int8_weights.GROUP_CODES / LANES + 0.5
-        return int(rows * (blocks.groups * group + 4)) + 2 * int8_weights.CODEBOOK_SIZE
-    half = weights_format == "q8" and kernels() != "float"
-    return rows * (blocks.groups * (GROUP + (2 if half else 4)) + 4)
+    layout, tiles = layout_of(weights_format), -(-rows // LANES)
+    if layout not in KINDS:
+        return tiles * LANES * ((4 if layout == "f32" else 2) * blocks.size + 4)
+    table = 2 * CODEBOOK_SIZE if layout == "codes" else 0
+    return tiles * (KINDS[layout].tile_bytes(blocks.groups) + 4 * LANES) + table
+
+
+def fill(weights: Weights, first_row: int, part: np.ndarray | Packed) -> None:
+    """Stores float32 or float16 (uint16) rows, or packed ones, as rows first_row … of weights from ``allocate``."""
+    if not weights.quantized:
+        _interleave(np.ascontiguousarray(part), weights.data, first_row)
+        return
+    kind, data, groups = KINDS[weights.layout], weights.data.view(np.uint8), weights.blocks.groups
+    if weights.layout == "codes":
+        _place_codes(unpack_codes(part.codes), data, first_row)
+    elif weights.layout == "nibble":
+        _place_nibbles(part.unpack()[0], data, first_row)
+    else:
+        _place_bytes(part.unpack()[0], data, first_row, kind.line_pairs)
+    if kind.indexed:
+        _place_indices(part.scales, data, first_row, kind.vectors)
+        weights.row_scales[first_row : first_row + part.n] = part.row_scales.view(np.float16)
+    else:
+        _place_halves(part.scales.view(np.uint16), data.view(np.uint16), first_row, kind.vectors)
+        weights.row_scales[first_row : first_row + part.n] = 1
+    assert part.codes.shape[1] == groups
+
+
+@njit(cache=True)
+def _interleave(part, data, first_row):
+    for i in range(part.shape[0]):
+        row = first_row + i
+        for k in range(part.shape[1]):
+            data[row // LANES, k, row % LANES] = part[i, k]
+
+
+@njit(cache=True)
+def _pair_at(pair, vectors, line_pairs):
+    """Where the weights of a pair of groups start in a tile."""
+    return (pair * vectors + pair // line_pairs + 1) * BYTES
+
+
+@njit(cache=True)
+def _place_codes(codes, data, first_row):
+    """Codes [n, groups, 16]: the first seven of eight vectors of a pair of groups as they are, the eighth in their highest bits."""
+    for i in range(codes.shape[0]):
+        tile, lane = (first_row + i) // LANES, (first_row + i) % LANES
+        for group in range(codes.shape[1]):
+            at = _pair_at(group // 2, 7, 4)
+            for p in range(PAIRS):
+                vector, place = group % 2 * 4 + p // 4, lane * 4 + p % 4
+                code = codes[i, group, p]
+                if vector < 7:
+                    data[tile, at + vector * BYTES + place] |= code
+                else:
+                    for bit in range(7):
+                        data[tile, at + bit * BYTES + place] |= ((code >> bit) & 1) << 7
+
+
+@njit(cache=True)
+def _step(k):
+    """Step and place in its four bytes of the k-th weight of a group."""
+    return k // 8 * 2 + k % 2, k % 8 // 2
+
+
+@njit(cache=True)
+def _place_bytes(values, data, first_row, line_pairs):
+    """int8 values [n, groups, 32], offset by 128; a group that only completes a pair keeps zero bytes."""
+    for i in range(values.shape[0]):
+        tile, lane = (first_row + i) // LANES, (first_row + i) % LANES
+        for group in range(values.shape[1]):
+            at = _pair_at(group // 2, 2 * STEPS, line_pairs) + group % 2 * STEPS * BYTES
+            for k in range(GROUP):
+                step, place = _step(k)
+                data[tile, at + step * BYTES + lane * 4 + place] = np.int32(values[i, group, k]) + 128
+
+
+@njit(cache=True)
+def _place_nibbles(values, data, first_row):
+    """int8 values -8 … 7 [n, groups, 32], offset by 8; the low four bits belong to even steps."""
+    for i in range(values.shape[0]):
+        tile, lane = (first_row + i) // LANES, (first_row + i) % LANES
+        for group in range(values.shape[1]):
+            at = _pair_at(group // 2, STEPS, 1) + group % 2 * (STEPS // 2) * BYTES
+            for k in range(GROUP):
+                step, place = _step(k)
+                nibble = np.int32(values[i, group, k]) + 8
+                data[tile, at + step // 2 * BYTES + lane * 4 + place] |= nibble << (4 * (step % 2))
+
+
+@njit(cache=True)
+def _place_indices(indices, data, first_row, vectors):
+    """4-bit factor indices [n, groups]: eight groups in a row's word of a line."""
+    for i in range(indices.shape[0]):
+        tile, lane = (first_row + i) // LANES, (first_row + i) % LANES
+        for group in range(indices.shape[1]):
+            at = _pair_at(group // 8 * 4, vectors, 4) - BYTES
+            data[tile, at + lane * 4 + group % 8 // 2] |= indices[i, group] << (4 * (group % 2))
+
+
+@njit(cache=True)
+def _place_halves(scales, data, first_row, vectors):
+    """float16 factors [n, groups]: 16 rows of one group, then of the next; data seen as uint16."""
+    for i in range(scales.shape[0]):
+        tile, lane = (first_row + i) // LANES, (first_row + i) % LANES
+        for group in range(scales.shape[1]):
+            at = (_pair_at(group // 2, vectors, 1) - BYTES) // 2
+            data[tile, at + group % 2 * LANES + lane] = scales[i, group]

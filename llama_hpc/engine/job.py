@@ -18,6 +18,7 @@ from llama_hpc.engine.requests import read_requests
 from llama_hpc.engine.warmup import warm_up
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.target import kernels
+from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import TransformerStage
@@ -25,14 +26,14 @@ from llama_hpc.results import Output, check_output_path, write_results
 from llama_hpc.runtime.abort import agreed, on_first
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
-from llama_hpc.runtime.topology import available_memory, hostname
+from llama_hpc.runtime.topology import available_memory, hostname, thread_places
 from llama_hpc.text import load_tokenizer
-from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint
-from llama_hpc.weights.fingerprint import chunk_list, combine, content_files, hash_chunk
+from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint, weights_format
+from llama_hpc.weights.fingerprint import fingerprint
 from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
+from llama_hpc.weights.store import Store
 
 _LOG = logging.getLogger(__name__)
-_MANY_PIECES = 32               # of 64 MiB: hashing so many takes seconds
 _POLL = 0.2                     # seconds between looks at the shared counters
 
 
@@ -46,12 +47,15 @@ class Job:
         self.facts = collect() if self.first else {}
         self.requests, self.texts = [], []
         self.hashes: dict[str, str] | None = {} if args.hash_weights else None
+        with agreed(comm, "starting the threads"):
+            self.pool = Pool(threads, bind=thread_places(threads))
 
     def run(self) -> int:
         """Raises what goes wrong, on every rank where all share it; returns 0."""
         ready = on_first(self.comm, self._read)
         with agreed(self.comm, "opening the model"):
             checkpoint = open_checkpoint(self.args.model)
+            self.weights = weights_format(checkpoint, self.args.weights)
         shape = self._shape(checkpoint, ready)
         grid = Grid.create(self.comm, shape)
         plan = BatchPlan.of(shape.data, shape.pipeline, len(ready), self.args.max_seqs, self.args.prefill_chunk,
@@ -59,9 +63,9 @@ class Job:
         self._announce(checkpoint, grid, plan)
         self._compile()
         stage = self._load(checkpoint, grid, plan, longest(ready))
-        fingerprint = self._fingerprint(checkpoint)
+        content_hash = fingerprint(checkpoint, self.comm)
         outputs, seconds = self._answer(grid, stage, plan, ready, checkpoint)
-        self._finish(grid, stage, plan, outputs, seconds, fingerprint)
+        self._finish(grid, stage, plan, outputs, seconds, content_hash)
         return 0
 
     def _read(self) -> list[ReadyRequest]:
@@ -69,7 +73,10 @@ class Job:
         check_output_path(self.args.output, self.args.overwrite)
         self.requests = read_requests(self.args.prompts, self.params)
         checkpoint = open_checkpoint(self.args.model)
+        weights_format(checkpoint, self.args.weights)
         self.facts["model"] = {"name": self.args.model, "path": str(Path(checkpoint.path).resolve())}
+        if isinstance(checkpoint, Store):
+            self.facts["model"] |= {"source": checkpoint.source, "source_content_hash": checkpoint.source_content_hash}
         tokenizer = load_tokenizer(checkpoint.path)
         ready, self.texts = prepare(self.requests, tokenizer, checkpoint.config, self.args.max_seq_len)
         return ready
@@ -79,7 +86,7 @@ class Job:
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
         with agreed(self.comm, "choosing the grid"):
             shape = self.asked_shape or auto_grid(
-                checkpoint.config, self.args.weights, self.comm.size, per_node, memory, len(ready), self.args.max_seqs,
+                checkpoint.config, self.weights, self.comm.size, per_node, memory, len(ready), self.args.max_seqs,
                 longest(ready))
             check_grid(checkpoint.config, shape)
         return shape
@@ -88,7 +95,7 @@ class Job:
         hosts = len(set(self.comm.allgather(hostname())))
         if not self.first:
             return
-        config, weights = checkpoint.config, self.args.weights
+        config, weights = checkpoint.config, self.weights
         _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.args.model, config.family,
                   parameters(config) / 1e6, weights, packed_bits(config, weights)[1])
         _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each (%s kernels), "
@@ -101,7 +108,7 @@ class Job:
         for turn in (True, False):
             if (self.node.rank == 0) == turn:
                 with agreed(MPI.COMM_SELF, "compiling the kernels"):
-                    warm_up(self.args.weights, self.threads, MPI.COMM_SELF)
+                    warm_up(self.weights, self.pool, MPI.COMM_SELF)
             self.node.Barrier()
         if self.first and time.monotonic() - start > 2:
             _LOG.info("kernels ready after %.1f s", time.monotonic() - start)
@@ -112,29 +119,16 @@ class Job:
         share = TensorShare.of(config, shape.tensor, grid.tensor_index)
         reducer, stage = TensorReducer(grid.tensor_comm), None
         hashes = self.hashes if grid.data_index == 0 else None
-        steps = loading_steps(config, self.args.weights, part, grid.stage_comm)
+        steps = loading_steps(config, self.weights, part, grid.stage_comm, packed=isinstance(checkpoint, Store))
         with agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.first) as progress:
             try:
-                weights = load_stage(checkpoint, self.args.weights, part, share, reducer, grid.stage_comm, threads=self.threads,
+                weights = load_stage(checkpoint, self.weights, part, share, reducer, grid.stage_comm, threads=self.threads,
                                      progress=progress.update, hashes=hashes)
-                stage = TransformerStage(config, part, share, weights, reducer, sequences=plan.sequences, max_seq_len=max_seq_len,
-                                         max_rows=plan.max_rows, max_outputs=plan.slots, threads=self.threads)
+                stage = TransformerStage(config, part, share, weights, reducer, self.pool, sequences=plan.sequences,
+                                         max_seq_len=max_seq_len, max_rows=plan.max_rows, max_outputs=plan.slots)
             except PeerFailed:
                 pass    # The rank that failed says why.
         return stage
-
-    def _fingerprint(self, checkpoint: Checkpoint) -> str:
-        """The content hash of the model's files, pieces dealt to the ranks."""
-        with agreed(self.comm, "hashing the model"):
-            chunks = chunk_list(content_files(checkpoint))
-            dealt = chunks[self.comm.rank :: self.comm.size]
-            own = []
-            with Progress(len(dealt), "pieces", "hashing the model", show=self.first and len(dealt) >= _MANY_PIECES) as progress:
-                for chunk in dealt:
-                    own.append(hash_chunk(chunk))
-                    progress.update()
-        digests = self.comm.allgather(own)
-        return combine(digests[i % self.comm.size][i // self.comm.size] for i in range(len(chunks)))
 
     def _answer(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], checkpoint: Checkpoint
                 ) -> tuple[list[Output], float]:
@@ -162,7 +156,7 @@ class Job:
         return outputs, seconds
 
     def _finish(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, outputs: list[Output], seconds: float,
-                fingerprint: str) -> None:
+                content_hash: str) -> None:
         ranks = self.comm.gather({"host": hostname(), "data": grid.data_index, "stage": grid.stage, "tensor": grid.tensor_index,
                                   "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes,
                                   "reductions": stage.reducer.calls, "answers": len(outputs), "kernels": kernels()})
@@ -170,13 +164,14 @@ class Job:
         if self.first:
             shape = grid.shape
             settings = {name: value for name, value in vars(self.args).items() if name != "command" and value is not None}
-            self.facts["model"]["content_hash"] = fingerprint
+            self.facts["model"]["content_hash"] = content_hash
             self.facts |= {
-                "weights": self.args.weights, "seed": self.params.seed, "ranks": self.comm.size, "threads": self.threads,
+                "weights": self.weights, "seed": self.params.seed, "ranks": self.comm.size, "threads": self.threads,
                 "grid": {"data": shape.data, "pipeline": shape.pipeline, "tensor": shape.tensor},
                 "kernels": sorted({rank["kernels"] for rank in ranks}),
                 "hosts": sorted({rank["host"] for rank in ranks}), "rank_table": ranks,
-                "settings": settings | {"threads": self.threads, "grid": str(shape), "micro_batches": plan.micro_batches},
+                "settings": settings | {"weights": self.weights, "threads": self.threads, "grid": str(shape),
+                                        "micro_batches": plan.micro_batches},
                 "end_time": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": seconds,
             }
             if self.hashes is not None:

@@ -5,6 +5,7 @@ import numpy as np
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.answers import Sampler
 from llama_hpc.engine.sampling_params import SamplingParams
+from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.sizes import whole
 from llama_hpc.model.transformer import Batch, TransformerStage
@@ -28,13 +29,13 @@ class _TinyCheckpoint:
         return np.full((len(range(height)[rows or slice(None)]), len(range(width)[columns or slice(None)])), 0.25, np.float32)
 
 
-def warm_up(weights_format: str, threads: int, solo) -> None:
+def warm_up(weights_format: str, pool: Pool, solo) -> None:
     """Compiles, or loads from the disk cache, the kernels for a weight format. ``solo`` is a communicator of one rank."""
     checkpoint, reducer = _TinyCheckpoint(), TensorReducer(solo)
     stage, share = whole(checkpoint.config)
-    weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=threads)
-    model = TransformerStage(checkpoint.config, stage, share, weights, reducer, sequences=1, max_seq_len=16, max_rows=9,
-                             max_outputs=1, threads=threads)
+    weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=pool.threads)
+    model = TransformerStage(checkpoint.config, stage, share, weights, reducer, pool, sequences=1, max_seq_len=16, max_rows=9,
+                             max_outputs=1)
     ids = np.arange(9, dtype=np.int32)
     model.forward(Batch(9, ids, np.zeros(9, np.int32), ids, np.array([8])))
     Sampler(checkpoint.config.vocab_size).draw(model.logits[0], SamplingParams(temperature=1.0), (0, 0), 0)

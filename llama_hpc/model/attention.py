@@ -3,8 +3,9 @@
 import numpy as np
 
 from llama_hpc.kernels.cpu import attention as kernel
-from llama_hpc.kernels.cpu import elementwise
+from llama_hpc.kernels.cpu.workers import ONE_TASK, WorkDistribution
 from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights, RowParallelLinear
+from llama_hpc.model.steps import Steps
 
 
 class AttentionWeights:
@@ -18,42 +19,25 @@ class ParallelAttention:
     """Attention over the paged cache, from the normed input to the residual. Collective over the tensor group."""
 
     def __init__(self, layer: int, weights: AttentionWeights, buffers):
-        self.layer, self.buffers, self.config = layer, buffers, buffers.config
-        self.q_norm, self.k_norm = weights.q_norm, weights.k_norm
-        self.window = self.config.window(layer)
-        column, row = buffers.column_parallel, buffers.row_parallel
-        self.q: ColumnParallelLinear = column("q", layer, weights.q)
-        self.k: ColumnParallelLinear = column("k", layer, weights.k)
-        self.v: ColumnParallelLinear = column("v", layer, weights.v)
-        self.o: RowParallelLinear = row("o", layer, weights.o)
-        self.scale = np.float32(1.0 / np.sqrt(np.float64(self.config.head_dim)))
+        self.layer, self.weights, self.buffers = layer, weights, buffers
+        self.qkv = ColumnParallelLinear(layer, {"q": weights.q, "k": weights.k, "v": weights.v})
+        self.o = RowParallelLinear("o", layer, weights.o)
 
-    def forward(self, batch) -> None:
-        """batch: the step's ``Batch``; reads buffers.normed, adds to buffers.residual."""
-        b, rows, faults = self.buffers, batch.rows, self.buffers.faults
-        self.q.forward(b.normed, b.q, rows)
-        self.k.forward(b.normed, b.k, rows)
-        self.v.forward(b.normed, b.v, rows)
-        if self.q_norm is not None:
-            self._head_norm(b.q, self.q_norm, rows, "q_norm")
-            self._head_norm(b.k, self.k_norm, rows, "k_norm")
-        elementwise.rope(b.q, b.cosines, b.sines, batch.positions, rows)
-        elementwise.rope(b.k, b.cosines, b.sines, batch.positions, rows)
-        keys, values = b.k, b.v
-        if b.cache.dtype == np.uint16:
-            keys, values = b.k_half, b.v_half
-            faults.note(elementwise.to_half(b.k, keys, rows), "k", self.layer)
-            faults.note(elementwise.to_half(b.v, values, rows), "v", self.layer)
-        key_pool, value_pool = b.cache.pools(self.layer)
-        kernel.store(keys, values, key_pool, value_pool, b.cache.pages, batch.sequences, batch.positions, rows)
-        status = kernel.attention(b.q, key_pool, value_pool, b.cache.pages, batch.sequences, batch.positions, b.kv_of_head,
-                                  self.window, self.scale, b.attended.values, b.attention_work, rows)
-        faults.note(status, "attention", self.layer)
-        faults.note(b.attended.prepare(rows), "attention", self.layer)
-        self.o.forward(b.attended, b.residual, rows)
-
-    def _head_norm(self, x: np.ndarray, weight: np.ndarray, rows: int, name: str) -> None:
-        """RMS norm of every head, before RoPE (Qwen3)."""
-        heads = x.reshape(-1, self.config.head_dim)
-        count = rows * (x.shape[1] // self.config.head_dim)
-        self.buffers.faults.note(elementwise.rms_norm(heads, weight, self.config.norm_eps, heads, count), name, self.layer)
+    def add(self, steps: Steps) -> None:
+        """Reads buffers.normed, adds to buffers.residual: one product, rotation and store, attention, one product."""
+        b, config, weights = self.buffers, self.buffers.config, self.weights
+        self.qkv.add(steps, b.normed, {"q": b.q, "k": b.k, "v": b.v})
+        keys, values = b.cache.pools(self.layer)
+        shared = dict(q=b.q, q_stride=b.q.shape[1], keys=keys, values=values, pages=b.cache.pages, pages_stride=b.cache.pages.shape[1],
+                      sequences=b.sequences, positions=b.positions, kv_heads=b.kv_heads, head_dim=config.head_dim,
+                      half=int(b.cache.dtype == np.uint16))
+        norms = ("q_norm", "k_norm") if weights.q_norm is not None else ()
+        steps.program.add((self.layer, norms or ("k",)), kernel.store_operation, kernel.STORE, ONE_TASK.record(steps.pool.threads),
+                          rows=steps.rows, k=b.k, v=b.v, k_stride=b.k.shape[1], v_stride=b.v.shape[1], cosines=b.cosines,
+                          sines=b.sines, heads=b.heads, q_norm=weights.q_norm, k_norm=weights.k_norm, eps=b.eps, **shared)
+        work = WorkDistribution.for_attention(b.kv_heads, 256, steps.schedule)
+        steps.program.add((self.layer, ("attention",)), kernel.attention_operation, kernel.ATTENTION,
+                          work.record(steps.pool.threads), runs=b.runs, run_count=steps.runs, head_starts=b.head_starts,
+                          window=config.window(self.layer), scale=b.scale, target=b.attended.record, scratch=0, keep=(b.attended,),
+                          **shared)
+        self.o.add(steps, b.attended, b.residual, b.sums)

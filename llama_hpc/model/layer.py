@@ -6,6 +6,7 @@ import numpy as np
 
 from llama_hpc.model.attention import AttentionWeights, ParallelAttention
 from llama_hpc.model.mlp import MLPWeights, ParallelMLP
+from llama_hpc.model.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class ParallelLayer:
         self.attention = ParallelAttention(layer, weights.attention, buffers)
         self.mlp = ParallelMLP(layer, weights.mlp, buffers)
 
-    def forward(self, batch) -> None:
-        self.buffers.norm(self.weights.attention_norm, batch.rows, "attention_norm", self.layer)
-        self.attention.forward(batch)
-        self.buffers.norm(self.weights.mlp_norm, batch.rows, "mlp_norm", self.layer)
-        self.mlp.forward(batch)
+    def add(self, steps: Steps) -> None:
+        """Appends the layer: eight operations on one tensor rank."""
+        b = self.buffers
+        b.add_norm(steps, self.weights.attention_norm, b.normed, steps.rows, "attention_norm", self.layer)
+        self.attention.add(steps)
+        b.add_norm(steps, self.weights.mlp_norm, b.normed, steps.rows, "mlp_norm", self.layer)
+        self.mlp.add(steps)

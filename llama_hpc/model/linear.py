@@ -4,14 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_hpc.comm.reduce import TensorReducer
-from llama_hpc.kernels.cpu import elementwise, matmul
-from llama_hpc.kernels.cpu.int8_weights import ByteWeights, PairWeights
-from llama_hpc.kernels.cpu.matmul import FloatWeights, IntegerWeights
-from llama_hpc.kernels.cpu.target import kernels
-from llama_hpc.kernels.formats import Blocks
-from llama_hpc.kernels.numerics import GROUP
-from llama_hpc.model.faults import Faults
+from llama_hpc.kernels.cpu import elementwise, products
+from llama_hpc.kernels.cpu.activations import Activation
+from llama_hpc.kernels.cpu.calls import add_product
+from llama_hpc.kernels.cpu.weights import Weights
+from llama_hpc.kernels.cpu.workers import ONE_TASK, WorkDistribution
+from llama_hpc.model.steps import Steps
 
 NO_BIAS = np.zeros(0, np.float32)
 
@@ -20,69 +18,56 @@ NO_BIAS = np.zeros(0, np.float32)
 class LinearWeights:
     """One rank's share of a projection: kernel weights, and the bias of its outputs (empty without one)."""
 
-    weights: FloatWeights | IntegerWeights | ByteWeights | PairWeights
+    weights: Weights
     bias: np.ndarray
 
-
-class Activation:
-    """Input of products: float32 ``values`` [rows, K], quantised once for all the layers that read them.
-
-    ``quantized``: whether the weights are integers; ``block``: k per reduction block.
-    """
-
-    def __init__(self, values: np.ndarray, block: int, quantized: bool):
-        rows, columns = values.shape
-        self.values, self.block, self.quantized = values, block, quantized
-        self.operand, self.scales, self.corrections = values, np.zeros((1, 1), np.float32), None
-        if quantized:
-            blocks, int8 = Blocks(columns, block), kernels() != "float"
-            if int8:
-                shape = blocks.n_blocks, rows, blocks.groups_per_block
-                self.operand = np.zeros((*shape[:2], shape[2] * GROUP), np.int8)
-                self.scales, self.corrections = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-            else:
-                self.operand = np.zeros((rows, blocks.padded), np.float32)
-                self.scales = np.zeros((rows, blocks.groups), np.float32)
-
-    def prepare(self, rows: int) -> int:
-        """Quantises the first rows; returns a kernel status."""
-        if not self.quantized:
-            return 0
-        if self.corrections is None:
-            return elementwise.quantize_rows(self.values, self.block, self.operand, self.scales, rows)
-        return elementwise.quantize_rows_int8(self.values, self.block, self.operand, self.scales, self.corrections, rows)
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes + self.bias.nbytes
 
 
-class _Linear:
-    def __init__(self, name: str, layer: int, linear: LinearWeights, rows: int, threads: int, faults: Faults, sums: np.ndarray):
-        self.name, self.layer, self.threads, self.faults = name, layer, threads, faults
-        self.weights, self.bias = linear.weights, linear.bias
-        width = matmul.tiles(linear.weights.rows) * matmul.LANES
-        self.sums = sums[: rows * width].reshape(rows, width)
+class ColumnParallelLinear:
+    """y = x Wᵀ + b for this rank's outputs; no communication. Matrices that read the same x are one product."""
 
-    def _multiply(self, x: Activation, rows: int) -> None:
-        status = matmul.matmul(x.operand, x.scales, self.weights, self.sums, rows, self.threads, x.corrections)
-        self.faults.note(status, self.name, self.layer)
+    def __init__(self, layer: int, linears: dict[str, LinearWeights]):
+        self.layer, self.linears = layer, {name: linear for name, linear in linears.items() if linear.weights.rows}
+
+    def add(self, steps: Steps, x: Activation, outs: dict[str, np.ndarray], rows: np.ndarray | None = None) -> None:
+        """Appends the product; outs: float32 [rows, outputs of this rank] by name."""
+        self._add(steps, x, {name: outs[name] for name in self.linears}, products.FLOAT, rows)
+
+    def add_gated(self, steps: Steps, x: Activation, gated: Activation) -> None:
+        """Appends silu(gate) * up, the two matrices in this order, into ``gated``, quantised if its reader wants that."""
+        self._add(steps, x, dict.fromkeys(self.linears), products.GATED, None, gated)
+
+    def _add(self, steps, x, outs, mode, rows, gated=None) -> None:
+        if not self.linears:
+            return
+        parts = [linear.weights.part(outs[name], linear.bias) for name, linear in self.linears.items()]
+        first = next(iter(self.linears.values())).weights
+        work = WorkDistribution.for_matmul(sum(linear.weights.rows for linear in self.linears.values()), first.blocks.size,
+                                           steps.schedule)
+        names = (*self.linears, "down") if gated else tuple(self.linears)
+        add_product(steps.program, (self.layer, names), x, parts, first.layout, steps.rows if rows is None else rows, mode, work, gated)
 
 
-class ColumnParallelLinear(_Linear):
-    """y = x Wᵀ + b for this rank's outputs; no communication."""
-
-    def forward(self, x: Activation, out: np.ndarray, rows: int) -> None:
-        """out float32 [rows, outputs of this rank]."""
-        self._multiply(x, rows)
-        self.faults.note(elementwise.finish(self.sums, self.bias, out, rows), self.name, self.layer)
-
-
-class RowParallelLinear(_Linear):
+class RowParallelLinear:
     """residual += x Wᵀ + b, where each rank holds some of the inputs. Collective over the tensor group."""
 
-    def __init__(self, *args, reducer: TensorReducer):
-        super().__init__(*args)
-        self.reducer = reducer
+    def __init__(self, name: str, layer: int, linear: LinearWeights):
+        self.name, self.layer, self.linear = name, layer, linear
 
-    def forward(self, x: Activation, residual: np.ndarray, rows: int) -> None:
-        """residual float32 [rows, hidden_size], the same on every rank before and after."""
-        self._multiply(x, rows)
-        self.reducer.sum_fixed(self.sums[:rows])
-        self.faults.note(elementwise.finish_add(self.sums, self.bias, residual, rows), self.name, self.layer)
+    def add(self, steps: Steps, x: Activation, residual: np.ndarray, sums: np.ndarray) -> None:
+        """Appends the product, with several ranks also the sum. residual float32 [rows, hidden_size], the same on every rank;
+        sums int64 [rows, hidden_size] is scratch."""
+        weights, bias = self.linear.weights, self.linear.bias
+        work = WorkDistribution.for_matmul(weights.rows, weights.blocks.size, steps.schedule)
+        alone, name = steps.reducer.size == 1, (self.layer, (self.name,))
+        out, mode = (residual, products.ADD) if alone else (sums, products.SUMS)
+        part = weights.part(out, bias if alone else None)
+        add_product(steps.program, name, x, [part], weights.layout, steps.rows, mode, work)
+        if not alone:
+            steps.exchange(steps.reducer.sum_fixed, sums)
+            steps.program.add(name, elementwise.finish_operation, elementwise.FINISH, ONE_TASK.record(steps.pool.threads),
+                              rows=steps.rows, sums=sums, columns=residual.shape[1], bias=bias if bias.size else None,
+                              residual=residual)

@@ -1,7 +1,7 @@
 """The feed-forward network of one layer (SwiGLU), parallel over blocks of intermediate channels."""
 
-from llama_hpc.kernels.cpu import elementwise
-from llama_hpc.model.linear import LinearWeights
+from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights, RowParallelLinear
+from llama_hpc.model.steps import Steps
 
 
 class MLPWeights:
@@ -15,16 +15,12 @@ class ParallelMLP:
     """down(silu(gate(x)) * up(x)), from the normed input to the residual. Collective over the tensor group."""
 
     def __init__(self, layer: int, weights: MLPWeights, buffers):
-        self.layer, self.buffers = layer, buffers
-        self.gate = buffers.column_parallel("gate", layer, weights.gate)
-        self.up = buffers.column_parallel("up", layer, weights.up)
-        self.down = buffers.row_parallel("down", layer, weights.down)
+        self.buffers = buffers
+        self.gate_up = ColumnParallelLinear(layer, {"gate": weights.gate, "up": weights.up})
+        self.down = RowParallelLinear("down", layer, weights.down)
 
-    def forward(self, batch) -> None:
-        """batch: the step's ``Batch``; reads buffers.normed, adds to buffers.residual."""
-        b, rows = self.buffers, batch.rows
-        self.gate.forward(b.normed, b.gated.values, rows)
-        self.up.forward(b.normed, b.up, rows)
-        elementwise.silu_multiply(b.gated.values, b.up, b.gated.values, rows)
-        b.faults.note(b.gated.prepare(rows), "down", self.layer)
-        self.down.forward(b.gated, b.residual, rows)
+    def add(self, steps: Steps) -> None:
+        """Reads buffers.normed, adds to buffers.residual: gate, up and what follows are one product, down another."""
+        b = self.buffers
+        self.gate_up.add_gated(steps, b.normed, b.gated)
+        self.down.add(steps, b.gated, b.residual, b.sums)

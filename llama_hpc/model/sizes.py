@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llama_hpc.kernels.cpu.weights import allocated_bytes
-from llama_hpc.kernels.formats import Blocks, packed_bytes
+from llama_hpc.kernels.formats import Blocks, packed_bytes, table_format
 from llama_hpc.kernels.numerics import BLOCK, down_block
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.kv_cache import bytes_per_position
@@ -58,17 +58,18 @@ def packed_bits(config: ModelConfig, weights_format: str) -> tuple[float, float]
 
 
 def _packed(p: Projection, weights_format: str) -> int:
-    if weights_format == "f32":
-        return 4 * p.rows * p.columns
-    return packed_bytes("q8" if p.table else weights_format, p.rows, Blocks(p.columns, p.block))
+    return packed_bytes(_format(p, weights_format), p.rows, Blocks(p.columns, p.block))
+
+
+def _format(p: Projection, weights_format: str) -> str:
+    return table_format(weights_format) if p.table else weights_format
 
 
 def weight_bytes(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare) -> int:
     """Bytes of one rank's matrices in memory, as the CPU kernels hold them."""
     total = 0
     for p in projections(config, stage, share):
-        kind = "q8" if p.table and weights_format != "f32" else weights_format
-        total += allocated_bytes(kind, p.rows, Blocks(p.columns, p.block))
+        total += allocated_bytes(_format(p, weights_format), p.rows, Blocks(p.columns, p.block))
     return total
 
 

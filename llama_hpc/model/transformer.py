@@ -7,26 +7,30 @@ import numpy as np
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.cpu import attention as attention_kernel
 from llama_hpc.kernels.cpu import elementwise
-from llama_hpc.kernels.cpu.int8_weights import ByteWeights
-from llama_hpc.kernels.cpu.matmul import LANES, IntegerWeights
+from llama_hpc.kernels.cpu.activations import Activation
+from llama_hpc.kernels.cpu.memory import aligned
+from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
 from llama_hpc.kernels.numerics import BLOCK, down_block
 from llama_hpc.model import rope
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.faults import Faults
 from llama_hpc.model.kv_cache import KVCache
 from llama_hpc.model.layer import LayerWeights, ParallelLayer
-from llama_hpc.model.linear import Activation, ColumnParallelLinear, LinearWeights, RowParallelLinear
+from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights
 from llama_hpc.model.shares import StageShare, TensorShare
+from llama_hpc.model.steps import Steps
 
 
 @dataclass(frozen=True)
 class StageWeights:
     """What one rank holds: ``embedding`` on the first stage, ``final_norm`` and ``head`` on the last (None elsewhere).
 
-    ``quantized`` tells whether projections multiply integers. With tied embeddings both are the same object.
+    ``quantized`` tells whether projections multiply integers, ``half_cache`` whether keys and values are kept in float16. With tied
+    embeddings both are the same object.
     """
 
     quantized: bool
+    half_cache: bool
     layers: list[LayerWeights]
     embedding: LinearWeights | None
     final_norm: np.ndarray | None
@@ -36,11 +40,11 @@ class StageWeights:
     def nbytes(self) -> int:
         """Bytes of all arrays, shared ones counted once."""
         linears = {id(w): w for w in (self.embedding, self.head) if w is not None}
-        total = sum(w.weights.nbytes + w.bias.nbytes for w in linears.values())
+        total = sum(w.nbytes for w in linears.values())
         total += 0 if self.final_norm is None else self.final_norm.nbytes
         for layer in self.layers:
             a, m = layer.attention, layer.mlp
-            total += sum(w.weights.nbytes + w.bias.nbytes for w in (a.q, a.k, a.v, a.o, m.gate, m.up, m.down))
+            total += sum(w.nbytes for w in (a.q, a.k, a.v, a.o, m.gate, m.up, m.down))
             total += sum(n.nbytes for n in (layer.attention_norm, layer.mlp_norm, a.q_norm, a.k_norm) if n is not None)
         return total
 
@@ -62,90 +66,85 @@ class Batch:
 class Buffers:
     """Arrays that every layer of a stage writes in turn, allocated once for ``max_rows`` rows."""
 
-    def __init__(self, config: ModelConfig, share: TensorShare, quantized: bool, cache: KVCache, reducer: TensorReducer,
-                 max_rows: int, max_outputs: int, max_seq_len: int, threads: int):
-        self.config, self.cache, self.reducer, self.threads, self.max_rows = config, cache, reducer, threads, max_rows
-        self.faults = Faults()
-        heads, kv_heads, ffn = len(share.query_heads), len(share.kv_heads), len(share.ffn)
+    def __init__(self, config: ModelConfig, share: TensorShare, quantized: bool, cache: KVCache, max_rows: int, max_outputs: int,
+                 max_seq_len: int):
+        self.config, self.cache, self.max_rows = config, cache, max_rows
+        self.heads, self.kv_heads, ffn = len(share.query_heads), len(share.kv_heads), len(share.ffn)
         def floats(columns: int) -> np.ndarray:
-            return np.zeros((max_rows, columns), np.float32)
+            return aligned((max_rows, columns), np.float32, 0)
         self.residual = floats(config.hidden_size)
-        self.normed = Activation(floats(config.hidden_size), BLOCK, quantized)
-        self.q, self.k, self.v = (floats(n * config.head_dim) for n in (heads, kv_heads, kv_heads))
-        self.k_half, self.v_half = (np.zeros(x.shape, np.uint16) for x in (self.k, self.v))
-        self.attended = Activation(floats(heads * config.head_dim), min(config.head_dim, BLOCK), quantized)
-        self.gated = Activation(floats(ffn), down_block(config.intermediate_size), quantized)
-        self.up = floats(ffn)
-        widest = max(max_rows * max(config.hidden_size, heads * config.head_dim, ffn), max_outputs * len(share.vocabulary))
-        self.sums = np.zeros(widest + max(max_rows, max_outputs) * LANES, np.int64)
+        self.sums = aligned((max_rows, config.hidden_size), np.int64, 0)
+        self.normed = Activation(max_rows, config.hidden_size, BLOCK, quantized)
+        self.q, self.k, self.v = (floats(n * config.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))
+        self.attended = Activation(max_rows, self.heads * config.head_dim, min(config.head_dim, BLOCK), quantized)
+        self.gated = Activation(max_rows, ffn, down_block(config.intermediate_size), quantized)
         self.cosines, self.sines = rope.tables(config, max_seq_len)
+        self.tokens, self.sequences, self.positions = (np.zeros(max_rows, np.int32) for _ in range(3))
+        self.selected, self.runs = np.zeros(max_outputs, np.int64), np.zeros((max_rows, 2), np.int32)
         per_kv = config.num_heads // config.kv_heads
-        self.kv_of_head = np.array([h // per_kv - share.kv_heads.start for h in share.query_heads], np.int32)
-        self.attention_work = attention_kernel.workspace(threads, max_seq_len, config.head_dim)
+        first = share.query_heads.start
+        # Query heads before the first of KV head j of this rank, which may hold a part of its query heads only.
+        self.head_starts = np.array([min(max(per_kv * j - first, 0), self.heads)
+                                     for j in range(share.kv_heads.start, share.kv_heads.stop + 1)], np.int32)
+        self.eps, self.scale = np.array([config.norm_eps]), np.array([1.0 / np.sqrt(np.float64(config.head_dim))]).astype(np.float32)
 
-    def norm(self, weight: np.ndarray, rows: int, name: str, layer: int = 0) -> None:
-        """normed = RMS norm of the residual, ready for products."""
-        status = elementwise.rms_norm(self.residual, weight, self.config.norm_eps, self.normed.values, rows)
-        self.faults.note(status or self.normed.prepare(rows), name, layer)
+    def load(self, batch: Batch, steps: Steps) -> None:
+        """Takes over what a step works on."""
+        rows, outputs = batch.rows, len(batch.outputs)
+        self.tokens[:rows], self.sequences[:rows] = batch.tokens[:rows], batch.sequences[:rows]
+        self.positions[:rows], self.selected[:outputs] = batch.positions[:rows], batch.outputs
+        steps.counts[:] = rows, outputs, attention_kernel.runs_of(self.sequences, self.positions, rows, self.runs)
 
-    def column_parallel(self, name: str, layer: int, linear: LinearWeights) -> ColumnParallelLinear:
-        return ColumnParallelLinear(name, layer, linear, self.max_rows, self.threads, self.faults, self.sums)
-
-    def row_parallel(self, name: str, layer: int, linear: LinearWeights) -> RowParallelLinear:
-        return RowParallelLinear(name, layer, linear, self.max_rows, self.threads, self.faults, self.sums, reducer=self.reducer)
+    def add_norm(self, steps: Steps, weight: np.ndarray, target: Activation, rows: np.ndarray, name: str, layer: int = 0,
+                 selected: np.ndarray | None = None) -> None:
+        """Appends target = RMS norm of the residual (its rows ``selected``, if given), ready for products."""
+        steps.program.add((layer, (name,)), elementwise.norm_operation, elementwise.NORM, ONE_TASK.record(steps.pool.threads),
+                          rows=rows, residual=self.residual, stride=self.residual.shape[1], columns=self.residual.shape[1],
+                          weight=weight, eps=self.eps, selected=selected, target=target.record, keep=(target,))
 
 
 class TransformerStage:
     """The part of a model that one rank computes. ``forward`` is collective over the tensor group."""
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
-                 *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, threads: int):
+                 pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, schedule: str = "dynamic"):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
-        dtype = np.uint16 if weights.quantized else np.float32
-        self.cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len, dtype)
-        self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len, threads)
-        self.layers = [ParallelLayer(number, layer, self.buffers)
-                       for number, layer in zip(stage.layers, weights.layers, strict=True)]
+        self.faults = Faults()
+        self.cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
+                             np.uint16 if weights.half_cache else np.float32)
+        self.buffers = Buffers(config, share, weights.quantized, self.cache, max_rows, max_outputs, max_seq_len)
+        pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))
+        self.steps = Steps(pool, reducer, self.faults, schedule)
         self.logits = np.zeros((max_outputs if stage.last else 0, len(share.vocabulary)), np.float32)
+        if stage.first:
+            self._add_embedding()
+        for number, layer in zip(stage.layers, weights.layers, strict=True):
+            ParallelLayer(number, layer, self.buffers).add(self.steps)
         if stage.last:
-            self._selected = Activation(np.zeros((max_outputs, config.hidden_size), np.float32), BLOCK, weights.quantized)
-            self._head = ColumnParallelLinear("head", 0, weights.head, max_outputs, threads, self.faults, self.buffers.sums)
+            self._add_head(max_outputs)
 
     @property
     def residual(self) -> np.ndarray:
         """float32 [max_rows, hidden_size]: what enters the stage (received before ``forward``) and what leaves it."""
         return self.buffers.residual
 
-    @property
-    def faults(self) -> Faults:
-        return self.buffers.faults
-
     def forward(self, batch: Batch) -> None:
         """Runs the stage's layers on the residual; on the last stage also the logits [outputs, vocabulary of this rank]."""
-        if self.stage.first:
-            self._embed(batch)
-        for layer in self.layers:
-            layer.forward(batch)
-        if self.stage.last and len(batch.outputs):
-            self._project(batch.outputs)
+        self.buffers.load(batch, self.steps)
+        self.steps.run()
 
-    def _embed(self, batch: Batch) -> None:
-        table, b, first = self.weights.embedding.weights, self.buffers, self.share.vocabulary.start
-        if isinstance(table, IntegerWeights):
-            elementwise.integer_embedding(table.values, table.factors, table.row_scales, self.config.hidden_size, batch.tokens,
-                                          first, table.rows, b.residual, batch.rows)
-        elif isinstance(table, ByteWeights):
-            elementwise.byte_embedding(table.values, table.factors, table.row_scales, self.config.hidden_size, batch.tokens,
-                                       first, table.rows, b.residual, batch.rows)
-        else:
-            elementwise.float_embedding(table.values, self.config.hidden_size, batch.tokens, first, table.rows, b.residual,
-                                        batch.rows)
-        self.reducer.sum_disjoint(b.residual[: batch.rows])
+    def _add_embedding(self) -> None:
+        table, b, steps = self.weights.embedding.weights, self.buffers, self.steps
+        forms = {"halves": elementwise.QUANTIZED, "f32": elementwise.FLOAT32, "f16": elementwise.FLOAT16}
+        steps.program.add((0, ("embedding",)), elementwise.embedding_operation, elementwise.EMBEDDING,
+                          ONE_TASK.record(steps.pool.threads), rows=steps.rows, tokens=b.tokens, first=self.share.vocabulary.start,
+                          held=table.rows, columns=self.config.hidden_size, data=table.data, tile_bytes=table.data.strides[0],
+                          form=forms[table.layout], out=b.residual, stride=b.residual.shape[1])
+        if self.reducer.size > 1:
+            steps.exchange(self.reducer.sum_disjoint, b.residual)
 
-    def _project(self, outputs: np.ndarray) -> None:
-        b, count = self.buffers, len(outputs)
-        np.take(b.residual, outputs, axis=0, out=self._selected.values[:count])
-        norm = elementwise.rms_norm(self._selected.values, self.weights.final_norm, self.config.norm_eps,
-                                    self._selected.values, count)
-        b.faults.note(norm or self._selected.prepare(count), "final_norm")
-        self._head.forward(self._selected, self.logits, count)
+    def _add_head(self, max_outputs: int) -> None:
+        b, head = self.buffers, self.weights.head
+        selected = Activation(max_outputs, self.config.hidden_size, BLOCK, head.weights.quantized)
+        b.add_norm(self.steps, self.weights.final_norm, selected, self.steps.outputs, "final_norm", selected=b.selected)
+        ColumnParallelLinear(0, {"head": head}).add(self.steps, selected, {"head": self.logits}, self.steps.outputs)

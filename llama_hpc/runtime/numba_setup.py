@@ -13,16 +13,20 @@ def configure(threads: int) -> None:
     """Prepares the environment for ``threads`` worker threads. Call before anything imports Numba; no effect later.
 
     Waiting threads sleep instead of spinning, so that ranks which share cores do not stall each other. Compiled code goes
-    to a folder of this user on a node-local disk that is named after the kernels' sources (NUMBA_CACHE_DIR overrides).
+    to a folder that is named after what it is made from, below NUMBA_CACHE_DIR or else in one of this user on a node-local disk.
     """
     if "numba" in sys.modules:
         return
     os.environ["NUMBA_NUM_THREADS"] = str(threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if "NUMBA_CACHE_DIR" not in os.environ:
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    if given is None:
         folder = cache_folder()
-        if folder is not None:
-            os.environ["NUMBA_CACHE_DIR"] = str(folder)
+    else:
+        # Set by a process that started this one, the folder may be the right one already. Numba makes what is missing.
+        folder = Path(given) if Path(given).name == _folder_name() else Path(given) / _folder_name()
+    if folder is not None:
+        os.environ["NUMBA_CACHE_DIR"] = str(folder)
 
 
 def cache_folder() -> Path | None:
@@ -34,20 +38,23 @@ def cache_folder() -> Path | None:
         found = base.lstat()
         if found.st_uid != os.getuid() or found.st_mode & 0o022:
             return None
-        folder = base / f"numba-{_sources_hash()}"
+        folder = base / _folder_name()
         folder.mkdir(exist_ok=True)
         return folder
     except OSError:
         return None
 
 
-def _sources_hash() -> str:
-    """Changes with any kernel source: Numba itself does not notice changes in the modules that a kernel imports."""
+def _folder_name() -> str:
+    """Changes with any kernel source and with LLAMA_HPC_KERNELS.
+
+    Numba itself tells processors apart, but notices neither that choice nor changes in the modules that a kernel imports.
+    """
     folder = Path(__file__).resolve().parent.parent / "kernels"
-    digest = hashlib.sha256(sys.version.encode())
+    digest = hashlib.sha256(f"{sys.version} {os.environ.get('LLAMA_HPC_KERNELS', '')}".encode())
     for source in sorted(folder.rglob("*.py")):
         digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+    return f"numba-{digest.hexdigest()[:16]}"
 
 
 def check_kernels() -> None:

@@ -6,6 +6,12 @@ from typing import Any
 from ..errors import CheckpointError
 from ..weights.fields import read_json
 
+# What ``read_folder`` looks at.
+FILES = (
+    "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+)
+
 
 def read_folder(folder: Path) -> dict[str, Any] | None:
     """Parts of a Tokenizer: ``vocabulary``, ``bos_id``, ``eos_ids``, ``chat_template``; None without a tokenizer.

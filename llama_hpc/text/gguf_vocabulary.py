@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..weights.gguf_reader import read_files
+from ..weights.gguf_reader import GgufFile, read_files
 from .pretokenizers import PRE_TOKENIZERS, PreTokenizer
+
+KEYS = "tokenizer."
 
 # Values of tokenizer.ggml.token_type, the same numbers as in sentencepiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -25,7 +27,12 @@ def read_gguf(path: Path) -> dict[str, Any] | None:
 
     Raises CheckpointError for a file that is damaged, or whose tokenizer or pre-tokenizer is not known here.
     """
-    file = read_files(path)[0]
+    return read_metadata(read_files(path)[0])
+
+
+def read_metadata(file: GgufFile) -> dict[str, Any] | None:
+    """The same from an opened file, of which only the metadata under ``KEYS`` is used."""
+    path = file.path
 
     def get(key: str, default: Any = None) -> Any:
         return file.get(f"tokenizer.ggml.{key}", default)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import UsageError
+from ..weights.store import is_store
 from .chat import ChatTemplate
 
 
@@ -105,7 +106,7 @@ class Tokenizer:
 
 
 def load_tokenizer(checkpoint_path: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder (tokenizer.json or tokenizer.model) or of a GGUF file.
+    """The tokenizer of a Hugging Face folder (tokenizer.json or tokenizer.model), of a GGUF file or of a store.
 
     None when the checkpoint has no tokenizer: such a model takes token ids only. Raises CheckpointError for a
     tokenizer that is damaged or of an unsupported kind.
@@ -115,6 +116,10 @@ def load_tokenizer(checkpoint_path: Path) -> Tokenizer | None:
         from .folder import read_folder
 
         parts = read_folder(checkpoint_path)
+    elif is_store(checkpoint_path):
+        from .stored import read_stored
+
+        parts = read_stored(checkpoint_path)
     else:
         from .gguf_vocabulary import read_gguf
 

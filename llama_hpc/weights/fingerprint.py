@@ -1,4 +1,4 @@
-"""A hash of what a checkpoint consists of, in pieces that can be dealt to ranks.
+"""A hash of what a checkpoint consists of, in pieces that are dealt to ranks.
 
 SHA-256 of every 64 MiB of every file, then SHA-256 over these digests in order. A piece's digest covers the file's name
 and the piece's place, so that neither renaming nor exchanging pieces goes unnoticed.
@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import CheckpointError
+from ..runtime.abort import agreed
+from ..runtime.progress import Progress
 from .checkpoint import Checkpoint
 
 CHUNK_BYTES = 64 << 20
+_MANY_CHUNKS = 32               # hashing so many takes seconds
 _READ_BYTES = 1 << 20
 _SETTINGS = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
@@ -71,3 +74,17 @@ def hash_chunk(chunk: Chunk) -> bytes:
 def combine(digests: Iterable[bytes]) -> str:
     """The fingerprint (64 lower-case hexadecimal digits) of the digests of all pieces, in the order of chunk_list."""
     return hashlib.sha256(b"llama_hpc content 1\n" + b"".join(digests)).hexdigest()
+
+
+def fingerprint(checkpoint: Checkpoint, comm) -> str:
+    """The fingerprint of a checkpoint's files, pieces dealt to the ranks of ``comm``. Collective; all ranks fail together."""
+    with agreed(comm, "hashing the model"):
+        chunks = chunk_list(content_files(checkpoint))
+        dealt = chunks[comm.rank :: comm.size]
+        own = []
+        with Progress(len(dealt), "pieces", "hashing the model", show=comm.rank == 0 and len(dealt) >= _MANY_CHUNKS) as progress:
+            for chunk in dealt:
+                own.append(hash_chunk(chunk))
+                progress.update()
+    digests = comm.allgather(own)
+    return combine(digests[i % comm.size][i // comm.size] for i in range(len(chunks)))

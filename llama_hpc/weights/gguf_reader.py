@@ -31,9 +31,10 @@ class GgufFile:
     ``tensors`` maps names to StoredTensor (shape [rows, columns], the reverse of the order in the file).
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, data: bytes | None = None):
+        """``data``: the file's bytes, where they are not to be read from ``path``."""
         self.path = path
-        self._data = MappedFiles().map(path)
+        self._data = MappedFiles().map(path) if data is None else data
         self._values: dict[str, tuple[int, int]] = {}      # key -> (type, position)
         self.tensors: dict[str, StoredTensor] = {}
         try:
@@ -57,6 +58,15 @@ class GgufFile:
             return self._decode(kind, position)
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.path}: metadata {key} is not UTF-8") from error
+
+    def excerpt(self, prefix: str) -> bytes:
+        """A GGUF file without tensors that holds the metadata whose keys start with a prefix."""
+        chosen = {key: place for key, place in self._values.items() if key.startswith(prefix)}
+        parts = [struct.pack("<4sIQQ", b"GGUF", _VERSIONS[-1], 0, len(chosen))]
+        for key, (kind, position) in chosen.items():
+            name, value = key.encode(), self._data[position : self._skip(kind, position)]
+            parts += [struct.pack("<Q", len(name)), name, struct.pack("<I", kind), value]
+        return b"".join(parts)
 
     def _parse(self) -> None:
         magic, version, tensor_count, value_count = struct.unpack_from("<4sIQQ", self._data, 0)

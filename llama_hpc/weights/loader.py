@@ -2,7 +2,8 @@
 
 Everything is canonical: a tensor's codes do not depend on how it is cut. What a shard cannot know alone (the maximum of
 a row whose columns are dealt out) is combined as integers over the tensor group; codebooks come from sample rows that
-the shape alone fixes.
+the shape alone fixes. A checkpoint that offers ``packed`` (weights/store.py) is quantised already: its parts are taken as they
+are.
 """
 
 import hashlib
@@ -14,10 +15,10 @@ from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.errors import CheckpointError
 from llama_hpc.kernels import formats
 from llama_hpc.kernels.codebook import fit_codebook, sample_rows
-from llama_hpc.kernels.cpu.quantize import quantize_q3_5, quantize_q8, row_maxima
+from llama_hpc.kernels.cpu.quantize import quantize_f16, quantize_q3_5, quantize_q4, quantize_q8, row_maxima
 from llama_hpc.kernels.cpu.weights import allocate, fill
+from llama_hpc.kernels.formats import LARGEST_WEIGHT, table_format
 from llama_hpc.kernels.numerics import BLOCK, INFINITY_BITS, down_block
-from llama_hpc.kernels.reference_quantize import LARGEST
 from llama_hpc.model.attention import AttentionWeights
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.layer import LayerWeights
@@ -29,16 +30,10 @@ from llama_hpc.weights.checkpoint import Checkpoint
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 CHUNK = 1 << 21                 # weights converted at a time
-LARGEST_WEIGHT = np.float32(LARGEST * 65504)    # of quantised formats: their scales are float16
 
 
 class PeerFailed(Exception):
     """Another rank of the tensor group could not load its share; it reports the reason."""
-
-
-def table_format(weights_format: str) -> str:
-    """The format of embedding and output head: quantised models keep them in ``q8``."""
-    return "f32" if weights_format == "f32" else "q8"
 
 
 def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, share: TensorShare, reducer: TensorReducer,
@@ -50,7 +45,7 @@ def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, s
     CheckpointError for damaged data, and PeerFailed on the ranks that wait for one that failed.
     """
     loader = _Loader(checkpoint, weights_format, share, reducer, threads, progress, hashes)
-    if weights_format == "q3_5":
+    if weights_format == "q3_5" and not loader.packed:
         loader.fit_codebooks(stage, stage_comm)
     try:
         weights = loader.stage(stage)
@@ -63,11 +58,41 @@ def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, s
     return weights
 
 
-def loading_steps(config: ModelConfig, weights_format: str, stage: StageShare, stage_comm: MPI.Comm) -> int:
-    """How often ``load_stage`` reports progress: once a matrix, and once a codebook that this rank fits."""
-    fits = _quantised(stage)[stage_comm.rank :: stage_comm.size] if weights_format == "q3_5" else ()
+def loading_steps(config: ModelConfig, weights_format: str, stage: StageShare, stage_comm: MPI.Comm, packed: bool = False) -> int:
+    """How often ``load_stage`` reports progress: once a matrix, and once a codebook that this rank fits (none if ``packed``)."""
+    fits = _quantised(stage)[stage_comm.rank :: stage_comm.size] if weights_format == "q3_5" and not packed else ()
     tables = 2 if stage.first and stage.last and not config.tie_embeddings else int(stage.first or stage.last)
     return len(_quantised(stage)) + tables + len(fits)
+
+
+def tensor_coding(config: ModelConfig, name: str, weights_format: str) -> tuple[str, int]:
+    """Format and reduction block of a tensor in a model of this weight format; a vector is float32 in blocks of 1."""
+    if name in ("embedding", "head"):
+        return table_format(weights_format), BLOCK
+    part = name.rsplit(".", 1)[-1]
+    return (weights_format, _blocks(config)[part]) if part in PROJECTIONS else ("f32", 1)
+
+
+def quantize_tensor(checkpoint: Checkpoint, name: str, weights_format: str, *, threads: int = 1) -> formats.Packed | np.ndarray:
+    """A whole tensor as a model of this weight format holds it; an array where that is plain numbers. Not collective.
+
+    Raises CheckpointError for values that are not finite or too large for the format.
+    """
+    loader = _Loader(checkpoint, weights_format, None, None, threads, None, None)
+    kind, block = tensor_coding(checkpoint.config, name, weights_format)
+    shape = checkpoint.shape(name)
+    if len(shape) == 1:
+        return loader.vector(name)
+    if kind == "q3_5":
+        loader.codebooks[name] = loader.codebook(name)
+    rows, blocks = range(shape[0]), formats.Blocks(shape[1], block)
+    return _joined([part for _, part in loader.parts(name, rows, None, blocks, kind)], 0)
+
+
+def _blocks(config: ModelConfig) -> dict[str, int]:
+    """The reduction block of every projection."""
+    row_parallel = {"o": min(config.head_dim, BLOCK), "down": down_block(config.intermediate_size)}
+    return dict.fromkeys(PROJECTIONS, BLOCK) | row_parallel
 
 
 def _quantised(stage: StageShare) -> list[str]:
@@ -80,16 +105,16 @@ class _Loader:
         self.checkpoint, self.config, self.format = checkpoint, checkpoint.config, weights_format
         self.share, self.reducer, self.threads = share, reducer, threads
         self.progress, self.hashes = progress or (lambda: None), hashes
+        self.packed = getattr(checkpoint, "packed", None)
         self.codebooks: dict[str, np.ndarray] = {}
-        row_parallel = {"o": min(self.config.head_dim, BLOCK), "down": down_block(self.config.intermediate_size)}
-        self.blocks = dict.fromkeys(PROJECTIONS, BLOCK) | row_parallel
+        self.blocks = _blocks(self.config)
 
     def fit_codebooks(self, stage: StageShare, comm: MPI.Comm) -> None:
         """Fits the stage's codebooks, dealt out to the ranks of ``comm``. Collective over it; all ranks fail together."""
         names = _quantised(stage)
         failure, fitted = None, None
         try:
-            fitted = [self._codebook(name) for name in names[comm.rank :: comm.size]]
+            fitted = [self.codebook(name) for name in names[comm.rank :: comm.size]]
         except Exception as error:
             failure = error
         everyone = comm.allgather(fitted)
@@ -99,12 +124,12 @@ class _Loader:
             raise PeerFailed
         self.codebooks = {name: everyone[i % comm.size][i // comm.size] for i, name in enumerate(names)}
 
-    def _codebook(self, name: str) -> np.ndarray:
+    def codebook(self, name: str) -> np.ndarray:
         """From sample rows of the whole tensor."""
         rows, columns = self.checkpoint.shape(name)
         chosen = sample_rows(rows, columns)
         sample = np.concatenate([self.checkpoint.read(name, slice(row, row + 1)) for row in chosen.tolist()])
-        self._check(name, row_maxima(sample), chosen, matrix=True)
+        self._check(name, row_maxima(sample), chosen, "q3_5")
         self.progress()
         return fit_codebook(sample, formats.Blocks(columns, self.blocks[name.rsplit(".", 1)[-1]]), threads=self.threads)
 
@@ -118,7 +143,7 @@ class _Loader:
             name = "embedding" if config.tie_embeddings else "head"
             shared = embedding if config.tie_embeddings else None
             head = shared or self.linear(name, self.share.vocabulary, None, BLOCK, tables)
-        return StageWeights(self.format != "f32", layers, embedding, final_norm, head)
+        return StageWeights(self.format not in formats.PLAIN_BYTES, self.format != "f32", layers, embedding, final_norm, head)
 
     def layer(self, number: int) -> LayerWeights:
         config, share, head_dim, prefix = self.config, self.share, self.config.head_dim, f"layers.{number}."
@@ -151,51 +176,79 @@ class _Loader:
         """Rows and columns (None: all) of a projection in a weight format, and these rows of its bias."""
         whole = self.checkpoint.shape(name)[1]
         blocks = formats.Blocks(whole if columns is None else len(columns), block)
-        parts: list = []
+        held: list = []
         codebook = self.codebooks.get(name)
+        if self.packed:
+            self._check_coding(name, weights_format, block)
+            codebook = getattr(self.packed(name, slice(0)), "codebook", None)
         weights = allocate(weights_format, len(rows), blocks, codebook)
-        maxima = self._whole_row_maxima(name, rows, columns) if codebook is not None and columns is not None else None
-        for first, values, own in self._chunks(name, rows, columns):
-            part = values
-            if codebook is not None:
-                row_maximum = own if maxima is None else maxima[first : first + len(values)]
-                part = quantize_q3_5(values, blocks, codebook, row_maximum, threads=self.threads)
-            elif weights_format == "q8":
-                part = quantize_q8(values, blocks, threads=self.threads)
+        for first, part in self.parts(name, rows, columns, blocks, weights_format):
             fill(weights, first, part)
             if self.hashes is not None:
-                parts.append(part)
+                held.append(part)
         if self.hashes is not None:
-            self._hash(name, rows, columns, parts)
+            self._hash(name, rows, columns, held)
         self.progress()
         return LinearWeights(weights, self.vector(bias, rows) if bias else NO_BIAS)
 
-    def _chunks(self, name: str, rows: range, columns: range | None):
-        """(first row within the share, float32 [n, columns], integer maxima [n]) for chunks of the rows, checked."""
-        step = max(1, CHUNK // max(1, self.checkpoint.shape(name)[1]))
-        part = None if columns is None else slice(columns.start, columns.stop)
-        for first in range(rows.start, rows.stop, step):
-            values = self.checkpoint.read(name, slice(first, min(first + step, rows.stop)), part)
-            maxima = row_maxima(values)
-            self._check(name, maxima, range(first, first + len(values)), matrix=True)
-            yield first - rows.start, values, maxima
+    def parts(self, name: str, rows: range, columns: range | None, blocks: formats.Blocks, weights_format: str):
+        """(first row within the share, weights as ``fill`` takes them) for chunks of the rows; their columns have ``blocks``."""
+        if self.packed:
+            part = None if columns is None else slice(columns.start, columns.stop)
+            for chunk in self._row_chunks(name, rows):
+                yield chunk.start - rows.start, self.packed(name, chunk, part)
+            return
+        codebook = self.codebooks.get(name)
+        maxima = self._whole_row_maxima(name, rows, columns) if codebook is not None and columns is not None else None
+        for first, values, own in self._chunks(name, rows, columns, weights_format):
+            if codebook is not None:
+                row_maximum = own if maxima is None else maxima[first : first + len(values)]
+                yield first, quantize_q3_5(values, blocks, codebook, row_maximum, threads=self.threads)
+            elif weights_format in ("q8", "q4"):
+                quantize = quantize_q8 if weights_format == "q8" else quantize_q4
+                yield first, quantize(values, blocks, threads=self.threads)
+            else:
+                yield first, quantize_f16(values, threads=self.threads) if weights_format == "f16" else values
 
-    def _check(self, name: str, maxima: np.ndarray, rows, matrix: bool = False) -> None:
-        """Raises CheckpointError for rows, of these numbers, that are not finite or too large for the weight format."""
+    def _row_chunks(self, name: str, rows: range):
+        """Slices of the rows, of CHUNK weights of whole rows."""
+        step = max(1, CHUNK // max(1, self.checkpoint.shape(name)[1]))
+        for first in range(rows.start, rows.stop, step):
+            yield slice(first, min(first + step, rows.stop))
+
+    def _chunks(self, name: str, rows: range, columns: range | None, weights_format: str):
+        """(first row within the share, float32 [n, columns], integer maxima [n]) for chunks of the rows, checked."""
+        part = None if columns is None else slice(columns.start, columns.stop)
+        for chunk in self._row_chunks(name, rows):
+            values = self.checkpoint.read(name, chunk, part)
+            maxima = row_maxima(values)
+            self._check(name, maxima, range(chunk.start, chunk.stop), weights_format)
+            yield chunk.start - rows.start, values, maxima
+
+    def _check_coding(self, name: str, weights_format: str, block: int) -> None:
+        """Raises CheckpointError where a store holds a matrix in another form than this program computes with."""
+        found = self.checkpoint.coding(name)
+        if (found.format, found.block) != (weights_format, block):
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {name} is {found.format} in blocks of {found.block}, expected "
+                                  f"{weights_format} in blocks of {block}; make the file again with llama-hpc quantize")
+
+    def _check(self, name: str, maxima: np.ndarray, rows, weights_format: str = "f32") -> None:
+        """Raises CheckpointError for rows, of these numbers, that are not finite or too large for the format."""
         bad = np.flatnonzero(maxima >= INFINITY_BITS)
         if bad.size:
             raise CheckpointError(f"{self.checkpoint.path}: NaN or infinity in tensor {name}, row {rows[bad[0]]}; "
                                   "the file is damaged, or was converted wrongly")
-        large = np.flatnonzero(maxima.view(np.float32) > LARGEST_WEIGHT) if matrix and self.format != "f32" else bad
+        limit = LARGEST_WEIGHT.get(weights_format, np.inf)
+        large = np.flatnonzero(maxima.view(np.float32) > limit)
         if large.size:
             found = maxima[large[0]].view(np.float32)
             raise CheckpointError(f"{self.checkpoint.path}: {found:.3g} in tensor {name}, row {rows[large[0]]}; the file is "
-                                  f"damaged, or needs --weights f32: {self.format} holds up to {LARGEST_WEIGHT:.0f}")
+                                  f"damaged, or needs --weights f32: {self.format} holds up to {limit}")
 
     def _whole_row_maxima(self, name: str, rows: range, columns: range) -> np.ndarray:
         """uint32 maxima of whole rows, of which this rank holds some columns. Collective over the tensor group."""
         own = np.zeros(len(rows), np.uint32)
-        for first, _, maxima in self._chunks(name, rows, columns):
+        for first, _, maxima in self._chunks(name, rows, columns, "q3_5"):
             own[first : first + len(maxima)] = maxima
         return self.synchronize(own)
 
@@ -218,10 +271,13 @@ class _Loader:
         self.synchronize()
         shards = self.reducer.comm.gather((rows if columns is None else columns, parts))
         if shards is not None:
-            self.hashes[name] = _whole_hash(shards, self.checkpoint.shape(name), columns is not None)
+            self.hashes[name] = found = whole_hash(shards, self.checkpoint.shape(name), columns is not None)
+            if self.packed and found != self.checkpoint.sha256(name):
+                raise CheckpointError(f"{self.checkpoint.path}: damaged: tensor {name} has the SHA-256 {found[:16]}…, not "
+                                      f"{self.checkpoint.sha256(name)[:16]}…; copy the file again, or make it again")
 
 
-def _whole_hash(shards, shape: tuple[int, int], cut_columns: bool) -> str:
+def whole_hash(shards, shape: tuple[int, int], cut_columns: bool) -> str:
     """SHA-256 of the packed bytes of a tensor from all shards; rows held twice (shared KV heads) count once."""
     done, pieces = 0, []
     for held, parts in shards:
@@ -231,7 +287,9 @@ def _whole_hash(shards, shape: tuple[int, int], cut_columns: bool) -> str:
         pieces.append(_joined(parts, skip if not cut_columns else 0))
     if isinstance(pieces[0], np.ndarray):
         whole = np.concatenate(pieces, 1 if cut_columns else 0)
-        return hashlib.sha256(f"f32 {shape[0]} {shape[1]}\n".encode() + np.ascontiguousarray(whole, "<f4").tobytes()).hexdigest()
+        kind, dtype = ("f16", "<u2") if whole.dtype == np.uint16 else ("f32", "<f4")
+        data = np.ascontiguousarray(whole, dtype).tobytes()
+        return hashlib.sha256(f"{kind} {shape[0]} {shape[1]}\n".encode() + data).hexdigest()
     return formats.concatenate(pieces, 1 if cut_columns else 0).sha256()
 
 

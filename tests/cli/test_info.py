@@ -1,6 +1,8 @@
 """``llama-hpc info``: what a model is, what each rank would hold, alone and under mpirun."""
 
 import importlib.util
+import os
+import re
 import socket
 
 import pytest
@@ -23,7 +25,7 @@ def tiny(tmp_path_factory):
 
 def parsed(text):
     """The facts by name, the line about the grid, and the rows of the table as dictionaries."""
-    facts, grid, table = text.split("\n\n")
+    facts, grid, table, _ = text.split("\n\n", 3)
     lines = table.splitlines()
     ends = []
     for title in TITLES:
@@ -49,7 +51,7 @@ def test_smollm2(capsys):
         "family": "llama", "parameters": "134.5 M", "layers": "30", "hidden_size": "576", "intermediate_size": "1536",
         "heads": "9 query, 3 KV, head_dim 64", "vocabulary": "49152, embeddings tied",
         "context": "8192 tokens, RoPE default, theta 100000",
-        "kernels here": kernels(), "weights format": "q8: 8.50 bits a weight all in (layers), 8.50 (all matrices)",
+        "weights format": "q8: 8.50 bits a weight all in (layers), 8.50 (all matrices)",
     }
     assert grid == "grid 1x1x1 (replicas x stages x tensor ranks), 2 sequences of 1024 tokens a replica:"
     (row,) = rows
@@ -95,6 +97,58 @@ def test_a_rank_without_an_ffn_block_says_so(capsys, tiny):
 def test_a_sliding_window_is_shown(capsys, tmp_path):
     facts, _, _ = info(capsys, write_checkpoint("mistral_window", tmp_path))
     assert facts["sliding window"] == "16 positions"
+
+
+def node_section(text):
+    """The facts by name, and the command lines by title and launcher, of the last section."""
+    title, facts, *layouts = text[text.index("this node, "):].rstrip().split("\n\n")
+    rows = [{line[:20].strip(): line[20:] for line in block.splitlines()} for block in (facts, *layouts[1::2])]
+    return title, rows[0], dict(zip(layouts[::2], rows[1:], strict=True))
+
+
+def test_this_node_alone_and_after_a_model(capsys, tiny, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_PROC_BIND", "OMP_PLACES", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    title, facts, layouts = node_section(text)
+    assert text.startswith("this node, ") and title == f"this node, {socket.gethostname()}:"
+    assert list(facts) == ["sockets", "NUMA nodes", "cores", "caches", "kernels", "threads of a rank"]
+    assert facts["kernels"] == kernels() and int(facts["sockets"]) >= 1
+    assert facts["threads of a rank"].startswith(f"{available_cores()}, ")
+    assert facts["caches"].startswith("L1d ") and facts["caches"].endswith(" cores")
+    for commands in layouts.values():
+        assert list(commands) == ["Open MPI", "MPICH", "sbatch", "srun"]
+        assert all(re.match(r"mpirun|mpiexec|#SBATCH|srun", line) for line in commands.values())
+    assert layouts
+    assert main(["info", str(tiny)]) == 0
+    assert capsys.readouterr().out.endswith(f"\n\n{text}")
+
+
+def test_threads_and_places_of_a_rank_are_shown(capsys, monkeypatch):
+    first = min(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("OMP_PLACES", f"{{{first}}}")
+    assert main(["info"]) == 0
+    assert node_section(capsys.readouterr().out)[1]["threads of a rank"] == f"3, bound to cpus {first}"
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
+    assert main(["info"]) == 0
+    assert node_section(capsys.readouterr().out)[1]["threads of a rank"] == "3, not bound"
+    monkeypatch.setenv("OMP_PLACES", "nowhere")
+    assert main(["info"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("llama-hpc: error: OMP_PLACES is 'nowhere', but must be one of")
+
+
+def test_run_needs_a_model(capsys):
+    assert main(["run"]) == 2
+    assert "MODEL" in capsys.readouterr().err
+
+
+def test_this_node_is_shown_once_under_mpirun(mpirun):
+    job = mpirun(2, ["-m", "llama_hpc", "info"])
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("this node, ") == 1 and node_section(job.stdout)[0].endswith(f"{socket.gethostname()}:")
 
 
 def test_under_mpirun_every_rank_has_a_host_and_cores(mpirun, tiny):

@@ -1,19 +1,116 @@
 """Attention: bits of the plain rule over pages, windows and blocks; cuts that change nothing; accuracy and range."""
 
+from functools import cache as cached
+
 import numpy as np
 import pytest
-from kernel_inputs import Cache, assert_same, normal
 
 from llama_hpc.kernels import reference
-from llama_hpc.kernels.cpu import attention
-from llama_hpc.kernels.numerics import OK, OUT_OF_RANGE
+from llama_hpc.kernels.cpu import attention, elementwise
+from llama_hpc.kernels.cpu.activations import Activation
+from llama_hpc.kernels.cpu.program import Program
+from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
+from llama_hpc.kernels.numerics import NOT_FINITE, OK, OUT_OF_RANGE, PAGE, rope_table
 
 DTYPES = np.uint16, np.float32
 KV_OF_HEAD = 0, 0, 1, 1, 1
-# Sequence and position of each row: first and last of pages and blocks, one query at a time and a chunk.
-SEQUENCES = [0, 1, 1, 2, 2, 2, 3, 3, 3]
-POSITIONS = [0, 15, 16, 255, 256, 257, 300, 511, 699]
+# Sequence and position of each row: first and last of pages and blocks, one query at a time and runs of several.
+SEQUENCES = [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3]
+POSITIONS = [0, 15, 16, 255, 256, 257, 300, 511, 512, 513, 514, 515, 699]
 LENGTHS = 1, 17, 258, 700
+
+
+@cached
+def pool(threads):
+    return Pool(threads)
+
+
+def operate(threads, function, dtype, **fields):
+    """Runs one operation; returns its status."""
+    program = Program(pool(threads))
+    program.add("test", function, dtype, ONE_TASK.record(threads), **fields)
+    program.run()
+    return int(program.status[0])
+
+
+def assert_same(actual, expected):
+    """Equal dtypes, shapes and bits."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    bits = f"u{actual.dtype.itemsize}"
+    np.testing.assert_array_equal(np.ascontiguousarray(actual).view(bits), np.ascontiguousarray(expected).view(bits))
+
+
+def normal(shape, seed=0, size=1.0):
+    return (np.random.default_rng(seed).standard_normal(shape) * size).astype(np.float32)
+
+
+def queries(rows, head_dim, seed=5, heads=5):
+    return normal((rows, heads * head_dim), seed, 2.0)
+
+
+class Cache:
+    """Keys and values of a few sequences in shuffled pages; slots never written are NaN.
+
+    ``keys`` and ``values`` [sequence]: float32 [length, kv_heads, head_dim], as stored (rounded to float16 for uint16).
+    """
+
+    def __init__(self, lengths, kv_heads, head_dim, dtype, seed=0, size=1.0):
+        rng = np.random.default_rng(seed)
+        per_sequence = -(-max(lengths) // PAGE)
+        count = per_sequence * len(lengths) + 3
+        self.dtype, self.head_dim = np.dtype(dtype), head_dim
+        self.pages = rng.permutation(count)[: per_sequence * len(lengths)].astype(np.int32).reshape(-1, per_sequence)
+        unwritten = 0x7E00 if self.dtype == np.uint16 else np.nan
+        self.key_pool = np.full((count, kv_heads, head_dim, PAGE), unwritten, dtype)
+        self.value_pool = np.full((count, kv_heads, PAGE, attention.padded_head_dim(head_dim)), unwritten, dtype)
+        shape = kv_heads, head_dim
+        self.keys = [self.rounded(normal((length, *shape), rng.integers(1 << 30), size)) for length in lengths]
+        self.values = [self.rounded(normal((length, *shape), rng.integers(1 << 30))) for length in lengths]
+
+    def rounded(self, x):
+        return x.astype(np.float16).astype(np.float32) if self.dtype == np.uint16 else x
+
+    def stored(self, x):
+        """float32 in the pools' dtype."""
+        return x.astype(np.float16).view(np.uint16) if self.dtype == np.uint16 else x
+
+    def write(self, sequences=None, start=0, stop=None):
+        """Stores positions start … stop - 1 of the given sequences (all of them)."""
+        for s in range(len(self.keys)) if sequences is None else sequences:
+            keys, values = (self.stored(x[s][start:stop].reshape(-1, x[s][0].size)) for x in (self.keys, self.values))
+            positions = np.arange(start, start + len(keys), dtype=np.int32)
+            slots = np.full(len(keys), s, np.int32)
+            reference.store(keys, values, self.key_pool, self.value_pool, self.pages, slots, positions, len(keys))
+        return self
+
+    def expected(self, q, sequences, positions, kv_of_head, window=0):
+        """(status, out) of the reference."""
+        out = np.full(q.shape, np.nan, np.float32)
+        status = reference.attention(q, self.key_pool, self.value_pool, self.pages, np.array(sequences), np.array(positions),
+                                     np.array(kv_of_head), window, self.head_dim**-0.5, out, None, len(q))
+        return status, out
+
+    def attend(self, q, sequences, positions, kv_of_head, window=0, threads=1, single=False, target=None):
+        """(status, out) of float32 q [rows, heads * head_dim]; ``single``: every row is a run of its own."""
+        rows, head_dim = len(q), self.head_dim
+        target = target or Activation(rows, q.shape[1], min(head_dim, 256), False)
+        target.values[:] = np.nan
+        sequences, positions = np.array(sequences, np.int32), np.array(positions, np.int32)
+        runs = np.stack([np.arange(rows), np.ones(rows)], 1).astype(np.int32)
+        count = rows if single else attention.runs_of(sequences, positions, rows, runs)
+        scratch = 128 + attention.scratch_bytes(self.pages.shape[1] * PAGE, head_dim, max(np.bincount(kv_of_head)))
+        pool(threads).need_scratch(scratch)
+        for own in pool(threads)._scratch:
+            own[:] = 0xFF
+        kv_heads = self.key_pool.shape[1]
+        head_starts = np.searchsorted(kv_of_head, range(kv_heads + 1)).astype(np.int32)
+        status = operate(
+            threads, attention.attention_operation, attention.ATTENTION, runs=runs, run_count=np.array([count]), q=q,
+            q_stride=q.shape[1], keys=self.key_pool, values=self.value_pool, pages=self.pages, pages_stride=self.pages.shape[1],
+            sequences=sequences, positions=positions, head_starts=head_starts, kv_heads=kv_heads, head_dim=head_dim,
+            window=window, scale=np.array([head_dim**-0.5], np.float32), half=self.dtype == np.uint16, target=target.record,
+            scratch=128)
+        return status, target.values
 
 
 def softmax_attention(q, keys, values, scale):
@@ -23,21 +120,17 @@ def softmax_attention(q, keys, values, scale):
     return weights @ values.astype(np.float64) / weights.sum()
 
 
-def queries(rows, head_dim, seed=5, heads=5):
-    return normal((rows, heads * head_dim), seed, 2.0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [8, 12, 48, 64])
+@pytest.mark.parametrize("head_dim", [8, 12, 48, 64, 80])
 @pytest.mark.parametrize("window", [0, 1, 300])
 def test_bits_of_the_reference_and_float64(head_dim, dtype, window):
     cache = Cache(LENGTHS, 2, head_dim, dtype).write()
     q = queries(len(POSITIONS), head_dim)
     arguments = q, SEQUENCES, POSITIONS, KV_OF_HEAD, window
-    status, expected = cache.attend(*arguments, kernel=reference.attention)
+    status, expected = cache.expected(*arguments)
     assert status == OK
-    for threads in (1, 2):
-        status, out = cache.attend(*arguments, threads=threads)
+    for threads, single in ((1, False), (1, True), (2, False), (3, True)):
+        status, out = cache.attend(*arguments, threads=threads, single=single)
         assert status == OK
         assert_same(out, expected)
     for row, (s, position) in enumerate(zip(SEQUENCES, POSITIONS, strict=True)):
@@ -49,31 +142,39 @@ def test_bits_of_the_reference_and_float64(head_dim, dtype, window):
             np.testing.assert_allclose(out[row, part], truth, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("window", [2, 15, 16, 17, 100, 256, 257, 513])
+@pytest.mark.parametrize("heads, head_dim", [([9], 16), ([1, 1], 128), ([2, 1], 256), ([4], 112), ([0, 3, 0, 2], 32),
+                                             ([8, 8], 16)])
+def test_shapes(heads, head_dim):
+    """Any number of query heads to a KV head, as shares of a tensor axis have them: none for some."""
+    cache = Cache([290], len(heads), head_dim, np.uint16).write()
+    kv_of_head = np.repeat(np.arange(len(heads)), heads)
+    q, positions = queries(7, head_dim, heads=sum(heads)), [3, 4, 5, 6, 255, 256, 289]
+    arguments = q, [0] * 7, positions, kv_of_head
+    status, out = cache.attend(*arguments, threads=2)
+    assert status == OK
+    assert_same(out, cache.expected(*arguments)[1])
+
+
+@pytest.mark.parametrize("window", [2, 3, 4, 15, 16, 17, 100, 256, 257, 513])
 def test_windows(window):
     cache = Cache(LENGTHS, 2, 8, np.uint16).write()
     q = queries(len(POSITIONS), 8)
     arguments = q, SEQUENCES, POSITIONS, KV_OF_HEAD, window
-    assert_same(cache.attend(*arguments)[1], cache.attend(*arguments, kernel=reference.attention)[1])
+    _, out = cache.attend(*arguments)
+    assert_same(out, cache.expected(*arguments)[1])
+    assert_same(cache.attend(*arguments, single=True)[1], out)
     inside = np.array(POSITIONS) < window
-    assert_same(cache.attend(*arguments)[1][inside], cache.attend(*arguments[:-1])[1][inside])
+    assert_same(out[inside], cache.attend(*arguments[:-1])[1][inside])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_window_of_one_returns_the_value(dtype):
-    cache = Cache([300], 2, 20, dtype).write()
+    cache = Cache([300], 2, 20, dtype)
     cache.values[0][:] = np.rint(cache.values[0] * 1024) / 1024
     cache.write()
     status, out = cache.attend(queries(3, 20, heads=2), [0, 0, 0], [0, 17, 299], (0, 1), window=1)
     assert status == OK
     np.testing.assert_array_equal(out.reshape(3, 2, 20), cache.values[0][[0, 17, 299]])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_storing_follows_the_reference(dtype):
-    ours, theirs = (Cache([40, 300], 3, 12, dtype).write(kernel) for kernel in (attention.store, reference.store))
-    assert_same(ours.key_pool, theirs.key_pool)
-    assert_same(ours.value_pool, theirs.value_pool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,6 +197,14 @@ def test_chunks_of_a_prompt_change_nothing(dtype, window):
         assert_same(prefill(chunk), whole)
 
 
+def test_runs_are_consecutive_positions_of_a_sequence():
+    runs = np.zeros((len(POSITIONS), 2), np.int32)
+    count = attention.runs_of(np.array(SEQUENCES), np.array(POSITIONS), len(POSITIONS), runs)
+    assert runs[:count].tolist() == [[0, 1], [1, 2], [3, 3], [6, 1], [7, 4], [11, 1], [12, 1]]
+    assert attention.runs_of(np.array([0, 0, 1, 1]), np.array([5, 6, 7, 7]), 3, runs) == 2
+    assert runs[:2].tolist() == [[0, 2], [2, 1]]
+
+
 def test_neither_pages_nor_company_nor_heads_change_anything():
     q = queries(3, 16)
     rows = [1, 1, 1], [520, 3, 256]
@@ -106,10 +215,10 @@ def test_neither_pages_nor_company_nor_heads_change_anything():
     assert_same(cache.attend(q, *rows, KV_OF_HEAD)[1], expected)
     mixed = np.concatenate([queries(2, 16, seed=9), q[::-1]])
     assert_same(cache.attend(mixed, [0, 0, 1, 1, 1], [7, 19, 256, 3, 520], KV_OF_HEAD)[1][:1:-1], expected)
-    heads = [3, 1]                                              # what a tensor rank may hold
-    part = np.ascontiguousarray(q.reshape(3, 5, 16)[:, heads]).reshape(3, -1)
-    _, out = cache.attend(part, *rows, [KV_OF_HEAD[h] for h in heads], threads=2)
-    assert_same(out.reshape(3, 2, 16), expected.reshape(3, 5, 16)[:, heads])
+    for heads in ([1, 2, 3], [4], [0, 1]):                      # what a tensor rank may hold
+        part = np.ascontiguousarray(q.reshape(3, 5, 16)[:, heads]).reshape(3, -1)
+        _, out = cache.attend(part, *rows, [KV_OF_HEAD[h] for h in heads], threads=2)
+        assert_same(out.reshape(3, -1, 16), expected.reshape(3, 5, 16)[:, heads])
 
 
 def test_scores_far_apart():
@@ -119,12 +228,25 @@ def test_scores_far_apart():
     arguments = q, [0] * 4, [255, 256, 600, 699], (0, 1)
     status, out = cache.attend(*arguments)
     assert status == OK
-    assert_same(out, cache.attend(*arguments, kernel=reference.attention)[1])
+    assert_same(out, cache.expected(*arguments)[1])
     for row, position in enumerate(arguments[2]):
         for head in range(2):
             keys, values = cache.keys[0][: position + 1, head], cache.values[0][: position + 1, head]
             truth = softmax_attention(q[row, head * 16 : (head + 1) * 16], keys, values, 0.25)
             np.testing.assert_allclose(out[row, head * 16 : (head + 1) * 16], truth, atol=1e-3)
+
+
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_outputs_are_quantised_head_by_head(head_dim):
+    cache = Cache([40], 2, head_dim, np.uint16).write()
+    arguments = queries(3, head_dim), [0] * 3, [5, 6, 39], KV_OF_HEAD
+    ours, theirs = (Activation(4, 5 * head_dim, head_dim, True) for _ in range(2))
+    ours.values = ours.values[:3]
+    assert cache.attend(*arguments, threads=2, target=ours)[0] == OK
+    theirs.values[:3] = cache.expected(*arguments)[1]
+    operate(1, elementwise.quantize_operation, elementwise.NORM, rows=np.array([3]), target=theirs.record)
+    for name in ("values", "x", "scales", "corrections"):
+        assert_same(getattr(ours, name)[:3], getattr(theirs, name)[:3])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -134,11 +256,9 @@ def test_values_out_of_range_are_reported(bad, threads):
     cache.values[0][299, 1, 3] = bad
     cache.write()
     q = queries(4, 16, heads=2)
-    for kernel in (attention.attention, reference.attention):
-        def attend(rows, positions, window, kernel=kernel):
-            return cache.attend(q[:rows], [0] * rows, positions, (0, 1), window, threads=threads, kernel=kernel)[0]
-        assert attend(3, [5, 256, 298], 0) == OK
-        assert attend(4, [5, 256, 298, 299], 1) == OUT_OF_RANGE
+    for attend in (lambda *a: cache.attend(*a, threads=threads), cache.expected):
+        assert attend(q[:3], [0] * 3, [5, 256, 298], (0, 1))[0] == OK
+        assert attend(q, [0] * 4, [5, 297, 298, 299], (0, 1), 1)[0] == OUT_OF_RANGE
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -148,10 +268,81 @@ def test_nan_in_keys_or_queries_is_reported(position, threads):
     cache.keys[0][position, 1, 3] = np.nan
     cache.write()
     q = queries(1, 16, heads=2)
-    for kernel in (attention.attention, reference.attention):
-        assert cache.attend(q, [0], [299], (0, 0), threads=threads, kernel=kernel)[0] == OK
-        assert cache.attend(q, [0], [299], (0, 1), threads=threads, kernel=kernel)[0] == OUT_OF_RANGE
+    for attend in (lambda *a: cache.attend(*a, threads=threads), cache.expected):
+        assert attend(q, [0], [299], (0, 0))[0] == OK
+        assert attend(q, [0], [299], (0, 1))[0] == OUT_OF_RANGE
         for bad in (np.nan, np.inf):
             broken = q.copy()
             broken[0, 3] = bad
-            assert cache.attend(broken, [0], [299], (0, 0), threads=threads, kernel=kernel)[0] == OUT_OF_RANGE
+            assert attend(broken, [0], [299], (0, 0))[0] == OUT_OF_RANGE
+
+
+class Rows:
+    """q [rows, 3 heads], k and v [rows, 2 heads] of rows of two sequences, side by side as one product yields them."""
+
+    def __init__(self, head_dim, dtype, rows=21):
+        self.cache, self.head_dim, self.rows = Cache([40, 300], 2, head_dim, dtype), head_dim, rows
+        self.both = normal((rows, 7 * head_dim), 3, 4.0)
+        cuts = [3 * head_dim, 5 * head_dim]
+        self.q, self.k, self.v = np.split(self.both, cuts, axis=1)
+        self.sequences = np.array([0] * 5 + [1] * (rows - 5), np.int32)
+        self.positions = np.r_[35:40, 250 : 250 + rows - 5].astype(np.int32)
+        self.table = rope_table(np.arange(1, head_dim // 2 + 1, dtype=np.uint64) << np.uint64(52), 300)
+        self.norms = normal(head_dim, 7), normal(head_dim, 8)
+        self.eps = np.array([1e-5])
+
+    def store(self, normed=False, threads=1):
+        """The operation; returns its status."""
+        cache, norms = self.cache, self.norms if normed else (None, None)
+        at = [part.__array_interface__["data"][0] for part in (self.q, self.k, self.v)]
+        return operate(
+            threads, attention.store_operation, attention.STORE, rows=np.array([self.rows]), q=at[0], k=at[1], v=at[2],
+            q_stride=self.both.shape[1], k_stride=self.both.shape[1], v_stride=self.both.shape[1], cosines=self.table[0],
+            sines=self.table[1], sequences=self.sequences, positions=self.positions, pages=cache.pages,
+            pages_stride=cache.pages.shape[1], keys=cache.key_pool, values=cache.value_pool, heads=3, kv_heads=2,
+            head_dim=self.head_dim, q_norm=norms[0], k_norm=norms[1], eps=self.eps, half=cache.dtype == np.uint16)
+
+    def reference_store(self, normed):
+        """The same by the plain rules."""
+        for x, norm in ((self.q, self.norms[0]), (self.k, self.norms[1])):
+            heads = x.reshape(-1, self.head_dim)
+            if normed:
+                assert reference.rms_norm(heads, norm, self.eps[0], heads, len(heads)) == OK
+            x[:] = heads.reshape(x.shape)
+            reference.rope(turned := x.copy(), *self.table, self.positions, self.rows)
+            x[:] = turned
+        keys, values = self.k, self.v
+        if self.cache.dtype == np.uint16:
+            keys, values = (np.empty(x.shape, np.uint16) for x in (self.k, self.v))
+            assert reference.to_half(self.k, keys, self.rows) == reference.to_half(self.v, values, self.rows) == OK
+        reference.store(keys, values, self.cache.key_pool, self.cache.value_pool, self.cache.pages, self.sequences,
+                        self.positions, self.rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim, normed, threads", [(8, False, 1), (20, True, 2), (64, True, 3), (80, False, 2),
+                                                      (128, True, 1)])
+def test_storing_follows_the_reference(dtype, head_dim, normed, threads):
+    ours, theirs = Rows(head_dim, dtype), Rows(head_dim, dtype)
+    assert ours.store(normed, threads) == OK
+    theirs.reference_store(normed)
+    assert_same(ours.q, theirs.q)
+    assert_same(ours.cache.key_pool, theirs.cache.key_pool)
+    assert_same(ours.cache.value_pool, theirs.cache.value_pool)
+
+
+@pytest.mark.parametrize("bad", [65520.0, -1e9, np.inf, np.nan])
+def test_what_a_float16_cannot_hold_is_reported(bad):
+    for part, value in (("k", 4 * bad), ("v", bad)):            # a rotation may shrink a key
+        rows = Rows(16, np.uint16)
+        getattr(rows, part)[7, 3] = value
+        assert rows.store() == OUT_OF_RANGE
+    rows = Rows(16, np.uint16)
+    rows.v[:] = np.float32(65504.0)
+    assert rows.store() == OK
+
+
+def test_a_norm_of_what_is_not_finite_is_reported():
+    rows = Rows(16, np.float32)
+    rows.q[7, 3] = np.nan
+    assert rows.store(normed=True) == NOT_FINITE

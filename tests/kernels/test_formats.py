@@ -1,13 +1,14 @@
 """Weight formats: block and group geometry, bit layout, canonical bytes, joining shards."""
 
 import hashlib
+from dataclasses import replace
 from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
 
 from llama_hpc.kernels import formats
-from llama_hpc.kernels.formats import FACTORS, Blocks, Packed, concatenate, pack_codes, unpack_codes
+from llama_hpc.kernels.formats import FACTORS, Blocks, Packed, concatenate, pack_codes, pack_int4, unpack_codes
 
 # (k, block): sizes of real models, and blocks of a head (8, 48, 64) or of an FFN cut (32, 64).
 GEOMETRIES = [(8, 8), (12, 256), (43, 256), (48, 48), (172, 32), (172, 256), (288, 48), (288, 256), (576, 64),
@@ -22,6 +23,13 @@ def packed(n, blocks, seed=0):
     rows = rng.random(n).astype(np.float16).view(np.uint16)
     codebook = rng.integers(-127, 128, (128, 2)).astype(np.int8)
     return Packed("q3_5", n, blocks, codes, scales, rows, codebook)
+
+
+def packed_q4(n, blocks, seed=0):
+    """A q4 tensor of random fields."""
+    rng = np.random.default_rng(seed)
+    scales = rng.standard_normal((n, blocks.groups)).astype(np.float16).view(np.uint16)
+    return Packed("q4", n, blocks, rng.integers(0, 256, (n, blocks.groups, 16), np.uint8), scales)
 
 
 @pytest.mark.parametrize("k, block", GEOMETRIES)
@@ -98,6 +106,21 @@ def test_canonical_bytes_of_q8():
     np.testing.assert_array_equal(tensor.dequantize()[0], np.arange(-32, 32) * np.repeat([1, 0.5], 32))
 
 
+def test_canonical_bytes_of_q4():
+    values = np.tile(np.arange(-8, 8, dtype=np.int8), 4).reshape(1, 2, 32)
+    scales = np.array([[1.0, -0.5]], np.float16)
+    tensor = Packed("q4", 1, Blocks(64, 256), pack_int4(values), scales.view(np.uint16))
+    # Value + 8, the even k in the low bits: (-8, -7) is 0x10.
+    row = bytes([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE])
+    assert tensor.bytes() == 4 * row + scales.astype("<f2").tobytes() and len(tensor.bytes()) == tensor.nbytes
+    assert tensor.bits_per_weight() == 4.5
+    assert tensor.sha256() == hashlib.sha256(b"q4 1 64 256\n" + tensor.bytes()).hexdigest()
+    unpacked, factors, row_scales = tensor.unpack()
+    np.testing.assert_array_equal(unpacked, values)
+    assert unpacked.dtype == np.int8 and factors.tolist() == [[1.0, -0.5]] and row_scales.tolist() == [1.0]
+    np.testing.assert_array_equal(tensor.dequantize()[0], np.tile(np.arange(-8, 8), 4) * np.repeat([1, -0.5], 32))
+
+
 def test_a_weight_is_value_times_factor_times_row_scale():
     tensor = packed(2, Blocks(44, 32))
     weights = tensor.dequantize()
@@ -115,14 +138,16 @@ def test_bits_per_weight_of_real_shapes():
     assert packed(4096, Blocks(4096, 256)).bits_per_weight() == pytest.approx(3.629, abs=1e-3)
 
 
-def test_shards_are_joined_by_rows_and_by_columns():
-    whole = packed(5, Blocks(172, 32))
-    tops = [Packed("q3_5", len(rows), whole.blocks, whole.codes[rows], whole.scales[rows], whole.row_scales[rows],
-                   whole.codebook.copy()) for rows in ([0, 1], [], [2, 3, 4])]
+@pytest.mark.parametrize("whole", [packed(5, Blocks(172, 32)), packed_q4(5, Blocks(172, 32))], ids=["q3_5", "q4"])
+def test_shards_are_joined_by_rows_and_by_columns(whole):
+    tops = [replace(whole, n=len(rows), codes=whole.codes[rows], scales=whole.scales[rows],
+                    row_scales=None if whole.row_scales is None else whole.row_scales[rows],
+                    codebook=None if whole.codebook is None else whole.codebook.copy()) for rows in ([0, 1], [], [2, 3, 4])]
     assert concatenate(tops, 0).sha256() == whole.sha256()
+    assert concatenate(tops[1:], 0).sha256() == whole.rows(2).sha256()
     cuts = [(0, 2), (2, 2), (2, 6)]
-    sides = [Packed("q3_5", 5, Blocks(min(b * 32, 172) - a * 32, 32), whole.codes[:, a:b], whole.scales[:, a:b],
-                    whole.row_scales, whole.codebook) for a, b in cuts]
+    sides = [replace(whole, blocks=Blocks(min(b * 32, 172) - a * 32, 32), codes=whole.codes[:, a:b],
+                     scales=whole.scales[:, a:b]) for a, b in cuts]
     assert concatenate(sides, 1).sha256() == whole.sha256()
 
 
@@ -136,11 +161,16 @@ def test_shards_of_different_tensors_are_not_joined():
         concatenate([a, same], 1)
     with pytest.raises(ValueError, match="not cut at blocks"):
         concatenate([a, a], 1)
-    with pytest.raises(ValueError, match="one format"):
-        concatenate([a, packed(2, Blocks(48, 48))], 0)
+    for other in (packed(2, Blocks(48, 48)), packed_q4(2, blocks)):
+        with pytest.raises(ValueError, match="one format"):
+            concatenate([a, other], 0)
 
 
 def test_formats_state_their_bits():
-    for kind, bits in (("q8", 8.5), ("q3_5", 3.625)):
+    for kind, bits in (("q8", 8.5), ("q4", 4.5), ("q3_5", 3.625)):
         row = formats.FORMATS[kind]
         assert (8 * row.code_bytes + row.factor_bits) / 32 == bits
+    for kind, size in (("f16", 2), ("f32", 4)):
+        assert formats.packed_bytes(kind, 5, Blocks(172, 32)) == 5 * 172 * size
+    assert {kind: formats.table_format(kind) for kind in ("f32", "f16", "q8", "q4", "q3_5")} == {
+        "f32": "f32", "f16": "f16", "q8": "q8", "q4": "q8", "q3_5": "q8"}

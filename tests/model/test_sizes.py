@@ -9,7 +9,7 @@ from model_shapes import SHAPES
 from reference_models import CASES, case, tensor_shapes, write_checkpoint
 
 from llama_hpc.kernels.codebook import fit_codebook
-from llama_hpc.kernels.cpu.quantize import quantize_q3_5, quantize_q8, row_maxima
+from llama_hpc.kernels.cpu.quantize import quantize_q3_5, quantize_q4, quantize_q8, row_maxima
 from llama_hpc.kernels.formats import Blocks
 from llama_hpc.kernels.numerics import down_block
 from llama_hpc.model.kv_cache import KVCache
@@ -55,7 +55,7 @@ def test_weight_bytes_are_those_of_the_loaded_arrays(checkpoint, name, stages, r
             assert real == computed
 
 
-@pytest.mark.parametrize("weights_format", ["q8", "q3_5"])
+@pytest.mark.parametrize("weights_format", ["q8", "q4", "q3_5"])
 @pytest.mark.parametrize("name", TINY)
 def test_packed_bits_are_those_of_the_packed_bytes(checkpoint, name, weights_format):
     model = checkpoint[name]
@@ -70,6 +70,8 @@ def test_packed_bits_are_those_of_the_packed_bytes(checkpoint, name, weights_for
         w = model.read(tensor)
         if kind == "tables" or weights_format == "q8":
             result = quantize_q8(w, cut)
+        elif weights_format == "q4":
+            result = quantize_q4(w, cut)
         else:
             result = quantize_q3_5(w, cut, fit_codebook(w, cut), row_maxima(w))
         packed[kind] += len(result.bytes())
@@ -82,8 +84,11 @@ def test_packed_bits_are_those_of_the_packed_bytes(checkpoint, name, weights_for
 def test_bits_of_real_shapes():
     for config in SHAPES.values():
         assert packed_bits(config, "f32") == (32, 32)
+        assert packed_bits(config, "f16") == (16, 16)
     for name in ("TinyLlama-1.1B", "Llama-3-8B", "Llama-3-70B"):
         assert 3.625 < packed_bits(SHAPES[name], "q3_5")[0] <= 3.66
+        assert 4.5 <= packed_bits(SHAPES[name], "q4")[0] < 4.51
+        assert 4.51 < packed_bits(SHAPES[name], "q4")[1] < 5.1
         assert 8.5 <= packed_bits(SHAPES[name], "q8")[1] < 8.51
 
 

@@ -1,4 +1,4 @@
-"""Where compiled code is kept: in a folder that only this user can write to, another one whenever a kernel changes."""
+"""Where compiled code is kept: in a folder that only this user can write to, another one for other kernels."""
 
 import os
 import subprocess
@@ -87,9 +87,19 @@ def test_sources_behind_a_link_count(package):
     assert cache_folder() != before
 
 
+def test_a_chosen_instruction_set_has_another_folder(base, monkeypatch):
+    """Its code differs, while Numba sees the same processor."""
+    monkeypatch.delenv("LLAMA_HPC_KERNELS", raising=False)
+    folders = {cache_folder()}
+    for name in ("avx2", "generic"):
+        monkeypatch.setenv("LLAMA_HPC_KERNELS", name)
+        folders.add(cache_folder())
+    assert len(folders) == 3
+
+
 def configured(code, **variables):
     """What a fresh process prints after numba_setup.configure(3) and ``code``."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "OMP_"))} | variables
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "OMP_", "LLAMA_HPC_"))} | variables
     program = f"import os, sys\nfrom llama_hpc.runtime import numba_setup\n{code}\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     return done.stdout.split()
@@ -103,6 +113,15 @@ def test_numba_takes_the_settings(tmp_path):
 
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise():
-    code = "numba_setup.configure(3)\nprint(os.environ['OMP_WAIT_POLICY'], os.environ['NUMBA_CACHE_DIR'])"
-    assert configured(code)[0] == "passive"
-    assert configured(code, OMP_WAIT_POLICY="active", NUMBA_CACHE_DIR="/my/cache") == ["active", "/my/cache"]
+    code = "numba_setup.configure(3)\nprint(os.environ['OMP_WAIT_POLICY'])"
+    assert configured(code) == ["passive"]
+    assert configured(code, OMP_WAIT_POLICY="active") == ["active"]
+
+
+def test_a_folder_that_the_user_names_holds_one_for_each_choice_of_kernels(tmp_path):
+    """A process started by one that has been configured goes on with its folder."""
+    code = "numba_setup.configure(3)\nprint(os.environ['NUMBA_CACHE_DIR'])"
+    (usual,), (chosen,) = configured(code, NUMBA_CACHE_DIR=str(tmp_path)), configured(code, NUMBA_CACHE_DIR=str(tmp_path),
+                                                                                      LLAMA_HPC_KERNELS="generic")
+    assert usual != chosen and os.path.dirname(usual) == os.path.dirname(chosen) == str(tmp_path)
+    assert configured(code, NUMBA_CACHE_DIR=usual) == [usual]

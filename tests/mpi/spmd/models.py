@@ -9,6 +9,7 @@ from llama_hpc.comm.pipeline import StageChannel
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.replica import LogitsGather
 from llama_hpc.grid import Grid, GridShape
+from llama_hpc.kernels.cpu.calls import shared_pool
 from llama_hpc.model.shares import TensorShare, stage_shares
 from llama_hpc.model.transformer import Batch, TransformerStage
 from llama_hpc.weights.checkpoint import open_checkpoint
@@ -54,8 +55,8 @@ class GridModel:
         reducer = TensorReducer(self.grid.tensor_comm)
         weights = load_stage(checkpoint, weights_format, part, share, reducer, self.grid.stage_comm, threads=threads,
                              hashes=hashes)
-        self.stage = TransformerStage(self.config, part, share, weights, reducer, sequences=sequences, max_seq_len=64,
-                                      max_rows=max_rows, max_outputs=max_rows, threads=threads)
+        self.stage = TransformerStage(self.config, part, share, weights, reducer, shared_pool(threads), sequences=sequences,
+                                      max_seq_len=64, max_rows=max_rows, max_outputs=max_rows)
         self.channel = StageChannel(self.grid.pipeline_comm, 1, max_rows, self.config.hidden_size)
         self.gather = LogitsGather(self.grid.tensor_comm, self.stage) if self.grid.last_stage else None
 

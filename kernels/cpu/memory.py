@@ -1,0 +1,187 @@
+"""Arguments of operations: records of addresses that compiled code reads, and arrays seen through addresses.
+
+An operation that a team of threads runs is called with two addresses, whatever it does; what it works on is described by a
+record (a NumPy structured array) that is filled once, when a program is built. Arrays seen through addresses are flat and of
+unstated length: nothing checks an index.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, from_dtype, njit, types
+from numba.extending import intrinsic
+
+UNSTATED = 1 << 40
+
+
+def record(*names: str) -> np.dtype:
+    """The dtype of a record of 64-bit integers: addresses, sizes, strides in elements."""
+    return np.dtype([(name, "i8") for name in names])
+
+
+def address(array: np.ndarray | None) -> int:
+    """Where an array's first element lies; 0 for None."""
+    return 0 if array is None else array.__array_interface__["data"][0]
+
+
+def aligned(shape, dtype, fill=None) -> np.ndarray:
+    """An array that starts at a multiple of 64 bytes; ``fill`` None leaves its memory untouched."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -address(raw) % 64
+    array = raw[start : start + size].view(dtype).reshape(shape)
+    if fill is not None:
+        array[...] = fill
+    return array
+
+
+def _view(element):
+    pointer = types.CPointer(element)
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+    return pointer(types.intp), codegen
+
+
+@intrinsic
+def float32_at(typing_context, where):
+    """A pointer to float32 at an address, for the loads and stores of ``simd``."""
+    return _view(types.float32)
+
+
+@intrinsic
+def int8_at(typing_context, where):
+    """A pointer to int8 at an address, for the loads and stores of ``simd``."""
+    return _view(types.int8)
+
+
+@intrinsic
+def uint16_at(typing_context, where):
+    """A pointer to uint16 at an address, for the loads and stores of ``simd``."""
+    return _view(types.uint16)
+
+
+@intrinsic
+def int32_at(typing_context, where):
+    """A pointer to int32 at an address, for the loads and stores of ``simd``."""
+    return _view(types.int32)
+
+
+@intrinsic
+def int64_at(typing_context, where):
+    """A pointer to int64 at an address, for the loads and stores of ``simd``."""
+    return _view(types.int64)
+
+
+@intrinsic
+def float64_at(typing_context, where):
+    """A pointer to float64 at an address."""
+    return _view(types.float64)
+
+
+@njit(cache=True)
+def float64s(where):
+    """The float64 array at an address."""
+    return carray(float64_at(where), (UNSTATED,))
+
+
+@njit(cache=True)
+def int8s(where):
+    """The int8 array at an address."""
+    return carray(int8_at(where), (UNSTATED,))
+
+
+@njit(cache=True)
+def uint16s(where):
+    """The uint16 array at an address."""
+    return carray(uint16_at(where), (UNSTATED,))
+
+
+@njit(cache=True)
+def float32s(where):
+    """The float32 array at an address."""
+    return carray(float32_at(where), (UNSTATED,))
+
+
+@njit(cache=True)
+def int32s(where):
+    """The int32 array at an address."""
+    return carray(int32_at(where), (UNSTATED,))
+
+
+@njit(cache=True)
+def int64s(where):
+    """The int64 array at an address."""
+    return carray(int64_at(where), (UNSTATED,))
+
+
+def record_pointer(dtype: np.dtype):
+    """For an intrinsic's body: an integer becomes a pointer to records of this dtype."""
+    return _view(from_dtype(dtype))
+
+
+@intrinsic
+def atomic_add(typing_context, where, value):
+    """Adds to the int64 at an address, sequentially consistent; returns what was there."""
+    def codegen(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_or(typing_context, where, value):
+    """Ors into the int64 at an address; returns what was there."""
+    def codegen(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("or", pointer, arguments[1], "seq_cst")
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_swap(typing_context, where, value):
+    """Stores into the int64 at an address; returns what was there."""
+    def codegen(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("xchg", pointer, arguments[1], "seq_cst")
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typing_context, where):
+    """The int64 at an address."""
+    def codegen(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8)
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_store(typing_context, where, value):
+    """Stores into the int64 at an address."""
+    def codegen(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store_atomic(arguments[1], pointer, "seq_cst", 8)
+        return context.get_dummy_value()
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_replace(typing_context, where, expected, value):
+    """Stores into the int64 at an address if it holds ``expected``; returns whether it did."""
+    def codegen(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        result = builder.cmpxchg(pointer, arguments[1], arguments[2], "seq_cst", "seq_cst")
+        return builder.extract_value(result, 1)
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def call(typing_context, function, member, arguments):
+    """Calls the C function at an address with two integers."""
+    def codegen(context, builder, signature, values):
+        word = ir.IntType(64)
+        pointer = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), [word, word]).as_pointer())
+        builder.call(pointer, values[1:])
+        return context.get_dummy_value()
+    return types.void(types.intp, types.intp, types.intp), codegen

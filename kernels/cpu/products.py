@@ -1,0 +1,296 @@
+"""Operations of a program: products y = x Wᵀ of quantised activations and weights, with what follows them fused in.
+
+Canonical: exact int8 dot products of groups, one float chain a reduction block, int64 sums of blocks (``panels``). The team shares
+out panels of 32 rows. A product may have several parts (q, k and v; gate and up) that read the same activations.
+"""
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic, overload
+
+from ..numerics import BLOCK_LIMIT, FIXED, OUT_OF_RANGE, OUTPUT_LIMIT, UNFIXED
+from . import simd
+from . import simd_int8 as int8
+from .activations import activation_at
+from .elementwise import quantize_group
+from .functions import sigmoid
+from .memory import (
+    atomic_or,
+    float32_at,
+    float32s,
+    int8_at,
+    int32_at,
+    int64_at,
+    int64s,
+    record,
+    record_pointer,
+)
+from .panels import LANES, WIDE, WIDTH, integer_tile
+from .panels_float import float_panel
+from .places import cache_sizes
+from .team import SCRATCH, TILED, begin, chunk, member_words, work_at
+
+FLOAT, ADD, SUMS, GATED = range(4)
+CHUNK = 48                      # tokens that are multiplied at a time
+LIMIT_BITS, OUTPUT_BITS = (BLOCK_LIMIT * FIXED).view(np.int32), OUTPUT_LIMIT.view(np.int32)
+
+# One matrix: kernel weights, the bias of its outputs (0: none), and where its outputs go, in elements from row to row.
+PART = record("data", "table", "row_scales", "bias", "tile_bytes", "rows", "groups", "per_block", "out", "stride", "columns", "block")
+PRODUCT = record("team", "status", "work", "tokens", "activation", "parts", "count", "mode", "block_panels", "gated")
+
+
+@intrinsic
+def part_at(typing_context, where):
+    """A pointer to PART records."""
+    return record_pointer(PART)
+
+
+@intrinsic
+def product_at(typing_context, where):
+    """A pointer to PRODUCT records."""
+    return record_pointer(PRODUCT)
+
+
+def scratch_bytes() -> int:
+    """Scratch that a thread needs: the totals of two panels."""
+    return 2 * CHUNK * WIDTH * 8
+
+
+def block_panels(tile_bytes: int) -> int:
+    """Panels that take a quarter of the second-level cache: they are multiplied by a chunk of tokens, then by the next."""
+    return max(1, cache_sizes().l2 // (8 * tile_bytes))
+
+
+@njit(cache=True)
+def _clear(totals, count):
+    for i in range(count):
+        totals[i] = 0
+
+
+def _totals(kind, part, panel, activation, first, rows, totals):
+    """int64 totals [rows, 32] of a panel of one part for at most CHUNK rows, first …, of the activations.
+
+    Returns whether a block was out of range.
+    """
+
+
+@overload(_totals)
+def _totals_of_kind(kind, part, panel, activation, first, rows, totals):
+    if isinstance(kind, int8.Kind):
+        return lambda kind, part, panel, activation, first, rows, totals: _integer_totals(
+            kind, part, panel, activation, first, rows, totals)
+    return lambda kind, part, panel, activation, first, rows, totals: _float_totals(
+        kind, part, panel, activation, first, rows, totals)
+
+
+@njit(cache=True)
+def _integer_totals(kind, part, panel, activation, first, rows, totals):
+    data, table, row_scales = int8_at(part.data), int8.load_table(kind, int8_at(part.table)), float32_at(part.row_scales)
+    x, x_scales, corrections = int8_at(activation.x), float32_at(activation.scales), int32_at(activation.corrections)
+    _clear(int64s(totals), rows * WIDTH)
+    largest, tile = int8.no_bits(), 2 * panel
+    while tile < 2 * panel + 2 and tile * LANES < part.rows:
+        scales = simd.multiply(simd.load(row_scales, tile * LANES), simd.splat(FIXED))
+        largest = integer_tile(kind, data, tile * part.tile_bytes, table, part.groups, part.per_block, x, x_scales, corrections,
+                               activation.capacity, first, rows, scales, int64_at(totals), (tile - 2 * panel) * LANES, largest)
+        tile += 1
+    return not int8.all_below(largest, LIMIT_BITS)
+
+
+@njit(cache=True)
+def _float_totals(kind, part, panel, activation, first, rows, totals):
+    _clear(int64s(totals), rows * WIDTH)
+    tile = LANES * part.columns
+    at = 2 * panel * tile
+    other = at + tile if (2 * panel + 1) * LANES < part.rows else at
+    largest = float_panel(int8.elements_at(kind, part.data), at, other, part.columns, part.block, float32_at(activation.values),
+                          activation.stride, first, rows, simd.splat(FIXED), int64_at(totals), int8.no_bits())
+    return not int8.all_below(largest, LIMIT_BITS)
+
+
+@njit(cache=True)
+def _outputs(part, panel, mode, first, rows, totals):
+    """Moves totals [rows, 32] of a panel to their place; returns OUT_OF_RANGE or 0."""
+    column = panel * WIDTH
+    count, sums, status = min(WIDTH, part.rows - column), int64s(totals), 0
+    if mode == SUMS:
+        out = int64s(part.out)
+        for r in range(rows):
+            for i in range(count):
+                out[(first + r) * part.stride + column + i] = sums[r * WIDTH + i]
+        return status
+    if count == WIDTH:
+        return _whole_outputs(int64_at(totals), float32_at(part.out), float32_at(part.bias), part.bias != 0, mode == ADD,
+                              first * part.stride + column, part.stride, column, rows)
+    out, bias = float32s(part.out), float32s(part.bias)
+    for r in range(rows):
+        at = (first + r) * part.stride + column
+        for i in range(count):
+            y = np.float32(np.float64(sums[r * WIDTH + i]) * UNFIXED)
+            if not abs(y) < OUTPUT_LIMIT:
+                status = OUT_OF_RANGE
+            if part.bias:
+                y += bias[column + i]
+            out[at + i] = out[at + i] + y if mode == ADD else y
+    return status
+
+
+@njit(cache=True)
+def _whole_outputs(totals, out, bias, biased, adds, at, stride, column, rows):
+    """All 32 outputs of a panel for each row, from out[at] on."""
+    largest = int8.no_bits()
+    for r in range(rows):
+        for part in range(0, WIDTH, LANES):
+            y = int8.finished(totals, r * WIDTH + part)
+            largest = int8.raise_bits(largest, y)
+            if biased:
+                y = simd.add(y, simd.load(bias, column + part))
+            if adds:
+                y = simd.add(simd.load(out, at + r * stride + part), y)
+            simd.store(out, at + r * stride + part, y)
+    return 0 if int8.all_below(largest, OUTPUT_BITS) else OUT_OF_RANGE
+
+
+@njit(cache=True, error_model="numpy")
+def _gated(gate, up, panel, first, rows, totals, target):
+    """silu(gate) * up of a panel, from totals [rows, 32] of either, into the activations ``target``; a status as ``_panel``'s."""
+    column = panel * WIDTH
+    count, status = min(WIDTH, gate.rows - column), 0
+    gates, ups, gate_bias, up_bias = int64s(totals), int64s(totals + 8 * CHUNK * WIDTH), float32s(gate.bias), float32s(up.bias)
+    out = float32s(target.values)
+    for r in range(rows):
+        at, gate_beyond, up_beyond = (first + r) * target.stride + column, False, False
+        for i in range(count):
+            g = np.float32(np.float64(gates[r * WIDTH + i]) * UNFIXED)
+            u = np.float32(np.float64(ups[r * WIDTH + i]) * UNFIXED)
+            gate_beyond |= not abs(g) < OUTPUT_LIMIT
+            up_beyond |= not abs(u) < OUTPUT_LIMIT
+            if gate.bias:
+                g += gate_bias[column + i]
+            if up.bias:
+                u += up_bias[column + i]
+            out[at + i] = (g * sigmoid(g)) * u
+        status |= (OUT_OF_RANGE if gate_beyond else 0) | (OUT_OF_RANGE << 2 if up_beyond else 0)
+        if target.x:
+            status |= quantize_group(target, first + r, panel) << 4
+    return status
+
+
+@njit(cache=True)
+def _expect_outputs(op, part, column, first, rows):
+    """Fetches the cache lines that a panel will write: rows that lie far apart, often in few sets of the caches."""
+    where, stride = part.out, part.stride
+    if op.mode == GATED:
+        target = carray(activation_at(op.gated), 1)[0]
+        where, stride = target.values, target.stride
+    size = 8 if op.mode == SUMS else 4
+    out = int8_at(where)
+    for r in range(rows):
+        for line in range(0, WIDTH * size, int8.BYTES):
+            int8.prefetch_to_write(out, ((first + r) * stride + column) * size + line)
+
+
+@njit(cache=True)
+def _panel(kind, op, activation, parts, panel, first, rows, scratch):
+    """A panel of whichever part it belongs to, for at most CHUNK rows, first …, of the activations.
+
+    Returns a status with two bits a part: q, k, v, or gate, up and what they gate.
+    """
+    status, number, local = 0, 0, panel
+    while op.mode != GATED and local >= (parts[number].rows + WIDTH - 1) // WIDTH:
+        local -= (parts[number].rows + WIDTH - 1) // WIDTH
+        number += 1
+    if rows >= WIDE:
+        _expect_outputs(op, parts[number], local * WIDTH, first, rows)
+    for i in range(2 if op.mode == GATED else 1):
+        beyond = _totals(kind, parts[number + i], local, activation, first, rows, scratch + i * CHUNK * WIDTH * 8)
+        status |= OUT_OF_RANGE << (2 * (number + i)) if beyond else 0
+    if op.mode == GATED:
+        return status | _gated(parts[0], parts[1], panel, first, rows, scratch, carray(activation_at(op.gated), 1)[0])
+    return status | _outputs(parts[number], local, op.mode, first, rows, scratch) << (2 * number)
+
+
+@njit(cache=True)
+def panels_of(op, parts):
+    """Panels of a product: those of all parts, or pairs of gate and up."""
+    count = 0
+    for i in range(1 if op.mode == GATED else op.count):
+        count += (parts[i].rows + WIDTH - 1) // WIDTH
+    return count
+
+
+@njit(cache=True)
+def _product(kind, member, where):
+    """The body of a product: shares panels, with ``tiled`` blocks of panels x tokens, among the team.
+
+    Three levels of blocks: a chunk of tokens whose totals and activations of a unit the first-level cache holds, as many panels as
+    the second level holds, and what a member is handed.
+    """
+    op = carray(product_at(where), 1)[0]
+    activation, work = carray(activation_at(op.activation), 1)[0], carray(work_at(op.work), 1)[0]
+    parts, rows = carray(part_at(op.parts), 8), int64s(op.tokens)[0]
+    panels, scratch = panels_of(op, parts), int64s(member_words(op.team, member))[SCRATCH]
+    tiled = work.schedule == TILED
+    wide, tall = max(1, work.tile_rows // WIDTH) if tiled else 1, max(1, min(work.tile_tokens if tiled else rows, rows))
+    bands, strips = (panels + wide - 1) // wide, (rows + tall - 1) // tall
+    begin(op.team, member, work, bands * strips)
+    status = 0
+    first, last = chunk(op.team, member, work, bands * strips)
+    while last > first:
+        if tiled:
+            for task in range(first, last):
+                band, strip = task // strips, task % strips
+                status |= _block(kind, op, activation, parts, band * wide, min((band + 1) * wide, panels), strip * tall,
+                                 min((strip + 1) * tall, rows), scratch)
+        else:
+            for start in range(first, last, op.block_panels):
+                status |= _block(kind, op, activation, parts, start, min(start + op.block_panels, last), 0, rows, scratch)
+        first, last = chunk(op.team, member, work, bands * strips)
+    if status:
+        atomic_or(op.status, status)
+
+
+@njit(cache=True)
+def _block(kind, op, activation, parts, first, last, start, stop, scratch):
+    """Panels first … last - 1 for rows start … stop - 1, chunk by chunk."""
+    status = 0
+    for row in range(start, stop, CHUNK):
+        for panel in range(first, last):
+            status |= _panel(kind, op, activation, parts, panel, row, min(CHUNK, stop - row), scratch)
+    return status
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def codes_product(member, where):
+    """Products of weights of the kind ``codes``."""
+    _product(int8.kind("codes"), member, where)
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def bytes_product(member, where):
+    """Products of weights of the kind ``bytes``."""
+    _product(int8.kind("bytes"), member, where)
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def halves_product(member, where):
+    """Products of weights of the kind ``halves``."""
+    _product(int8.kind("halves"), member, where)
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def nibble_product(member, where):
+    """Products of weights of the kind ``nibble``."""
+    _product(int8.kind("nibble"), member, where)
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def float32_product(member, where):
+    """Products of float32 weights; activations are not quantised."""
+    _product(int8.kind("f32"), member, where)
+
+
+@cfunc(types.void(types.intp, types.intp), cache=True)
+def float16_product(member, where):
+    """Products of float16 weights; activations are not quantised."""
+    _product(int8.kind("f16"), member, where)

@@ -1,0 +1,55 @@
+"""Programs: operations that a pool runs one after the other, in one compiled call."""
+
+import numpy as np
+
+from . import team
+from .memory import address
+from .workers import Pool
+
+
+class Program:
+    """A list of operations for one pool. ``add`` builds it; ``run`` runs all of it.
+
+    ``status`` int64 [operations] holds what each operation found, 0 for nothing; ``clear`` resets it.
+    """
+
+    def __init__(self, pool: Pool):
+        self.pool, self.names = pool, []
+        self.status = np.zeros(0, np.int64)
+        self._kept: list = []
+        self._functions: list[int] = []
+        self._records: list[np.ndarray] = []
+        self._table: np.ndarray | None = None
+
+    def add(self, name, function, dtype: np.dtype, work, keep=(), **fields) -> None:
+        """Appends an operation: a cfunc and its record. ``fields`` are addresses, integers or arrays (their address is taken).
+
+        ``work`` is a record of a WorkDistribution; ``name`` is given back for a status. Arrays are kept alive, ``keep`` too.
+        """
+        record = np.zeros(1, dtype)
+        record["team"], record["work"] = self.pool.address, address(work)
+        for field, value in fields.items():
+            record[field] = address(value) if isinstance(value, np.ndarray) or value is None else value
+        self._kept += [work, *fields.values(), *keep]
+        self._functions.append(function.address)
+        self._records.append(record)
+        self.names.append(name)
+        self._table = None
+
+    def _finish(self) -> None:
+        self.status = np.zeros(len(self._records), np.int64)
+        self._table = np.zeros((len(self._records), 2), np.int64)
+        for i, (function, record) in enumerate(zip(self._functions, self._records, strict=True)):
+            record["status"] = address(self.status) + 8 * i
+            self._table[i] = function, address(record)
+        self._arguments = self.pool.address, address(self._table), len(self._records), address(self.status)
+
+    def run(self) -> int:
+        """Runs all operations; returns the number of the first whose status is set, or -1."""
+        if self._table is None:
+            self._finish()
+        return team.run(*self._arguments)
+
+    def clear(self) -> None:
+        """Forgets what was found."""
+        self.status[:] = 0
