@@ -38,9 +38,14 @@ def add_product(program: Program, name, activation: Activation, parts: list[Part
     pool, columns, rows = program.pool, activation.values.shape[1], int(joined["rows"].sum())
     pool.need_scratch(products.scratch_bytes())
     work = work or WorkDistribution.for_matmul(rows, columns)
+    for record in program.records[::-1]:
+        if record.dtype == products.PRODUCT:
+            record["following"] = joined["data"][0]
+            break
     program.add(name, product_function(layout), products.PRODUCT, work.record(pool.threads, PANEL), tokens=tokens,
-                activation=activation.record, parts=joined, count=len(parts), mode=mode,
-                block_panels=products.block_panels(int(joined["tile_bytes"][0])), gated=0 if gated is None else address(gated.record), keep=(activation, gated, parts))
+                activation=activation.record, parts=joined, count=len(parts), mode=mode, following=joined["data"][0],
+                block_panels=products.block_panels(int(joined["tile_bytes"][0])),
+                gated=0 if gated is None else address(gated.record), keep=(activation, gated, parts))
 
 
 def add_quantize(program: Program, name, activation: Activation, tokens: np.ndarray) -> None:

@@ -31,7 +31,7 @@ from .team import begin, chunk, work_at
 NORM = record("team", "status", "work", "rows", "residual", "stride", "columns", "weight", "eps", "selected", "target")
 EMBEDDING = record("team", "status", "work", "rows", "tokens", "first", "held", "columns", "data", "tile_bytes", "form", "out", "stride")
 FINISH = record("team", "status", "work", "rows", "sums", "columns", "bias", "residual")
-QUANTIZED, FLOAT32, FLOAT16 = range(3)          # forms of an embedding table: kind ``halves``, or interleaved floats
+INT8, INT4, FLOAT32, FLOAT16 = range(4)         # forms of an embedding table: kinds ``halves`` and ``nibble``, interleaved floats
 
 _ONE, _Q = np.float32(1), np.float32(127)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -166,15 +166,20 @@ def quantize_operation(member, where):
 
 @njit(cache=True)
 def _quantized_row(op, row, out):
-    """(value * factor) for a row of a table of kind ``halves``, whose row scale is 1."""
+    """(value * factor) for a row of a table of kind ``halves`` or ``nibble``, whose row scale is 1."""
     lane, tile = row % _LANES, op.data + row // _LANES * op.tile_bytes
+    half = int8.STEPS // 2 if op.form == INT4 else int8.STEPS
     for group in range((op.columns + GROUP - 1) // GROUP):
-        line = tile + group // 2 * (17 * int8.BYTES)
+        line = tile + group // 2 * (1 + 2 * half) * int8.BYTES
         factor = half_value(uint16s(line)[group % 2 * _LANES + lane])
-        values = int8s(line + int8.BYTES * (1 + group % 2 * int8.STEPS))
+        values = int8s(line + int8.BYTES * (1 + group % 2 * half))
         for i in range(min(GROUP, op.columns - group * GROUP)):
-            byte = values[(i // 8 * 2 + i % 2) * int8.BYTES + lane * 4 + i % 8 // 2]
-            out[group * GROUP + i] = np.float32((np.int32(byte) & 255) - 128) * factor
+            step, place = i // 8 * 2 + i % 2, lane * 4 + i % 8 // 2
+            if op.form == INT4:
+                value = (np.int32(values[step // 2 * int8.BYTES + place]) >> (4 * (step % 2)) & 15) - 8
+            else:
+                value = (np.int32(values[step * int8.BYTES + place]) & 255) - 128
+            out[group * GROUP + i] = np.float32(value) * factor
 
 
 @cfunc(types.void(types.intp, types.intp), cache=True)
@@ -190,7 +195,7 @@ def embedding_operation(member, where):
             if row < 0 or row >= op.held:
                 for k in range(op.columns):
                     out[k] = np.float32(0)
-            elif op.form == QUANTIZED:
+            elif op.form == INT8 or op.form == INT4:
                 _quantized_row(op, row, out)
             else:
                 at = row // _LANES * op.columns * _LANES + row % _LANES

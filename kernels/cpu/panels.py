@@ -25,10 +25,10 @@ AHEAD_ONE, AHEAD_MANY = 7680, 12288             # bytes to prefetch ahead of the
 
 @njit(cache=True)
 def _register_tile(kind, zeros, data, at, table, groups, per_block, x, x_scales, corrections, capacity, base, token, scales,
-                   totals, column, ahead, largest):
+                   totals, column, ahead, end, jump, largest):
     """One tile of 16 rows, whose weights start at data[at], for the tokens of a register tile; added to ``totals``.
 
-    Token t is row base + t of the activations.
+    Token t is row base + t of the activations. Prefetches ``ahead`` bytes ahead, from data[end] on ``jump`` bytes further.
     """
     chain, left, per_unit = simd.tile_clear(zeros), per_block, units_of(per_block)
     line, out = int8.load_bytes(data, at), token * WIDTH + column
@@ -37,7 +37,8 @@ def _register_tile(kind, zeros, data, at, table, groups, per_block, x, x_scales,
         if pair % int8.line_pairs_of(kind) == 0:
             line = int8.load_bytes(data, at)
             at += int8.BYTES
-        raw = int8.load_raw(kind, data, at, ahead)
+        later = at + ahead
+        raw = int8.load_raw(kind, data, at, ahead + jump if later >= end else ahead)
         at += int8.vectors_of(kind) * int8.BYTES
         counts = int8.counts_start(kind, zeros, corrections, row * UNIT + place, UNIT)
         counts = int8.dots(kind, counts, raw, 0, table, x, row * UNIT_BYTES + place * GROUP, UNIT_BYTES)
@@ -74,22 +75,25 @@ def units_of(per_block):
 
 @njit(cache=True)
 def integer_tile(kind, data, at, table, groups, per_block, x, x_scales, corrections, capacity, base, rows, scales, totals, column,
-                 largest):
-    """One tile of 16 rows, whose weights start at data[at], for rows base … of the activations; added to totals[:, column:]."""
+                 end, jump, largest):
+    """One tile of 16 rows, whose weights start at data[at], for rows base … of the activations; added to totals[:, column:].
+
+    The weights that are read next follow until data[end], and go on ``jump`` bytes behind it.
+    """
     token, ahead = 0, AHEAD_ONE if rows < WIDE else AHEAD_MANY
     while token + WIDE <= rows:
         largest = _register_tile(kind, simd.tile_zeros(WIDE), data, at, table, groups, per_block, x, x_scales, corrections, capacity,
-                                 base, token, scales, totals, column, ahead, largest)
+                                 base, token, scales, totals, column, ahead, end, jump, largest)
         token += WIDE
     while token + MIDDLE <= rows:
         largest = _register_tile(kind, simd.tile_zeros(MIDDLE), data, at, table, groups, per_block, x, x_scales, corrections, capacity,
-                                 base, token, scales, totals, column, ahead, largest)
+                                 base, token, scales, totals, column, ahead, end, jump, largest)
         token += MIDDLE
     while token + 2 <= rows:
         largest = _register_tile(kind, simd.tile_zeros(2), data, at, table, groups, per_block, x, x_scales, corrections, capacity,
-                                 base, token, scales, totals, column, ahead, largest)
+                                 base, token, scales, totals, column, ahead, end, jump, largest)
         token += 2
     if token < rows:
         largest = _register_tile(kind, simd.tile_zeros(1), data, at, table, groups, per_block, x, x_scales, corrections, capacity,
-                                 base, token, scales, totals, column, ahead, largest)
+                                 base, token, scales, totals, column, ahead, end, jump, largest)
     return largest

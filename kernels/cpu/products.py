@@ -36,7 +36,7 @@ LIMIT_BITS, OUTPUT_BITS = (BLOCK_LIMIT * FIXED).view(np.int32), OUTPUT_LIMIT.vie
 
 # One matrix: kernel weights, the bias of its outputs (0: none), and where its outputs go, in elements from row to row.
 PART = record("data", "table", "row_scales", "bias", "tile_bytes", "rows", "groups", "per_block", "out", "stride", "columns", "block")
-PRODUCT = record("team", "status", "work", "tokens", "activation", "parts", "count", "mode", "block_panels", "gated")
+PRODUCT = record("team", "status", "work", "tokens", "activation", "parts", "count", "mode", "block_panels", "gated", "following")
 
 
 @intrinsic
@@ -67,32 +67,34 @@ def _clear(totals, count):
         totals[i] = 0
 
 
-def _totals(kind, part, panel, activation, first, rows, totals):
+def _totals(kind, part, panel, activation, first, rows, totals, following):
     """int64 totals [rows, 32] of a panel of one part for at most CHUNK rows, first …, of the activations.
 
-    Returns whether a block was out of range.
+    ``following``: address of the weights that are read next. Returns whether a block was out of range.
     """
 
 
 @overload(_totals)
-def _totals_of_kind(kind, part, panel, activation, first, rows, totals):
+def _totals_of_kind(kind, part, panel, activation, first, rows, totals, following):
     if isinstance(kind, int8.Kind):
-        return lambda kind, part, panel, activation, first, rows, totals: _integer_totals(
-            kind, part, panel, activation, first, rows, totals)
-    return lambda kind, part, panel, activation, first, rows, totals: _float_totals(
+        return lambda kind, part, panel, activation, first, rows, totals, following: _integer_totals(
+            kind, part, panel, activation, first, rows, totals, following)
+    return lambda kind, part, panel, activation, first, rows, totals, following: _float_totals(
         kind, part, panel, activation, first, rows, totals)
 
 
 @njit(cache=True)
-def _integer_totals(kind, part, panel, activation, first, rows, totals):
+def _integer_totals(kind, part, panel, activation, first, rows, totals, following):
     data, table, row_scales = int8_at(part.data), int8.load_table(kind, int8_at(part.table)), float32_at(part.row_scales)
     x, x_scales, corrections = int8_at(activation.x), float32_at(activation.scales), int32_at(activation.corrections)
     _clear(int64s(totals), rows * WIDTH)
-    largest, tile = int8.no_bits(), 2 * panel
+    largest, tile, end = int8.no_bits(), 2 * panel, 2 * (panel + 1) * part.tile_bytes
+    jump = following - (part.data + end)
     while tile < 2 * panel + 2 and tile * LANES < part.rows:
         scales = simd.multiply(simd.load(row_scales, tile * LANES), simd.splat(FIXED))
         largest = integer_tile(kind, data, tile * part.tile_bytes, table, part.groups, part.per_block, x, x_scales, corrections,
-                               activation.capacity, first, rows, scales, int64_at(totals), (tile - 2 * panel) * LANES, largest)
+                               activation.capacity, first, rows, scales, int64_at(totals), (tile - 2 * panel) * LANES, end, jump,
+                               largest)
         tile += 1
     return not int8.all_below(largest, LIMIT_BITS)
 
@@ -151,29 +153,47 @@ def _whole_outputs(totals, out, bias, biased, adds, at, stride, column, rows):
     return 0 if int8.all_below(largest, OUTPUT_BITS) else OUT_OF_RANGE
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def _gated(gate, up, panel, first, rows, totals, target):
     """silu(gate) * up of a panel, from totals [rows, 32] of either, into the activations ``target``; a status as ``_panel``'s."""
     column = panel * WIDTH
-    count, status = min(WIDTH, gate.rows - column), 0
-    gates, ups, gate_bias, up_bias = int64s(totals), int64s(totals + 8 * CHUNK * WIDTH), float32s(gate.bias), float32s(up.bias)
-    out = float32s(target.values)
+    status, gates, ups = 0, totals, totals + 8 * CHUNK * WIDTH
+    biases = gate.bias + 4 * column if gate.bias else 0, up.bias + 4 * column if up.bias else 0
+    if not _floats_in_place(int64_at(gates), float32_at(gates), float32_at(biases[0]), biases[0] != 0, rows):
+        status |= OUT_OF_RANGE
+    if not _floats_in_place(int64_at(ups), float32_at(ups), float32_at(biases[1]), biases[1] != 0, rows):
+        status |= OUT_OF_RANGE << 2
+    count = min(WIDTH, gate.rows - column)
     for r in range(rows):
-        at, gate_beyond, up_beyond = (first + r) * target.stride + column, False, False
-        for i in range(count):
-            g = np.float32(np.float64(gates[r * WIDTH + i]) * UNFIXED)
-            u = np.float32(np.float64(ups[r * WIDTH + i]) * UNFIXED)
-            gate_beyond |= not abs(g) < OUTPUT_LIMIT
-            up_beyond |= not abs(u) < OUTPUT_LIMIT
-            if gate.bias:
-                g += gate_bias[column + i]
-            if up.bias:
-                u += up_bias[column + i]
-            out[at + i] = (g * sigmoid(g)) * u
-        status |= (OUT_OF_RANGE if gate_beyond else 0) | (OUT_OF_RANGE << 2 if up_beyond else 0)
+        _silu_multiply(carray(float32_at(gates + 4 * WIDTH * r), WIDTH), carray(float32_at(ups + 4 * WIDTH * r), WIDTH),
+                       float32s(target.values + 4 * ((first + r) * target.stride + column)), count)
         if target.x:
             status |= quantize_group(target, first + r, panel) << 4
     return status
+
+
+@njit(cache=True)
+def _floats_in_place(totals, values, bias, biased, rows):
+    """Totals [rows, 32] become float32 [rows, 32] at the same address, plus the bias; whether all were in range."""
+    largest = int8.no_bits()
+    for at in range(0, rows * WIDTH, LANES):
+        y = int8.finished(totals, at)
+        largest = int8.raise_bits(largest, y)
+        if biased:
+            y = simd.add(y, simd.load(bias, at % WIDTH))
+        simd.store(values, at, y)
+    return int8.all_below(largest, OUTPUT_BITS)
+
+
+@njit(cache=True, error_model="numpy")
+def _silu_multiply(gate, up, out, count):
+    """out = (gate * sigmoid(gate)) * up (SwiGLU, Shazeer 2020)."""
+    if count == WIDTH:
+        for i in range(WIDTH):
+            out[i] = (gate[i] * sigmoid(gate[i])) * up[i]
+    else:
+        for i in range(count):
+            out[i] = (gate[i] * sigmoid(gate[i])) * up[i]
 
 
 @njit(cache=True)
@@ -191,6 +211,19 @@ def _expect_outputs(op, part, column, first, rows):
 
 
 @njit(cache=True)
+def _following(op, parts, number, panel):
+    """Where the weights behind a panel of a part are read from next: its next panel, the other of gate and up, the next part, or
+    the first part of the next product."""
+    part = parts[number]
+    if op.mode == GATED and number == 0:
+        return parts[1].data + 2 * panel * parts[1].tile_bytes
+    if (panel + 1) * WIDTH < part.rows:
+        own = parts[0] if op.mode == GATED else part
+        return own.data + 2 * (panel + 1) * own.tile_bytes
+    return parts[number + 1].data if number + 1 < op.count else op.following
+
+
+@njit(cache=True)
 def _panel(kind, op, activation, parts, panel, first, rows, scratch):
     """A panel of whichever part it belongs to, for at most CHUNK rows, first …, of the activations.
 
@@ -203,7 +236,8 @@ def _panel(kind, op, activation, parts, panel, first, rows, scratch):
     if rows >= WIDE:
         _expect_outputs(op, parts[number], local * WIDTH, first, rows)
     for i in range(2 if op.mode == GATED else 1):
-        beyond = _totals(kind, parts[number + i], local, activation, first, rows, scratch + i * CHUNK * WIDTH * 8)
+        following = _following(op, parts, number + i, local)
+        beyond = _totals(kind, parts[number + i], local, activation, first, rows, scratch + i * CHUNK * WIDTH * 8, following)
         status |= OUT_OF_RANGE << (2 * (number + i)) if beyond else 0
     if op.mode == GATED:
         return status | _gated(parts[0], parts[1], panel, first, rows, scratch, carray(activation_at(op.gated), 1)[0])

@@ -18,7 +18,7 @@ class Program:
         self.status = np.zeros(0, np.int64)
         self._kept: list = []
         self._functions: list[int] = []
-        self._records: list[np.ndarray] = []
+        self.records: list[np.ndarray] = []
         self._table: np.ndarray | None = None
 
     def add(self, name, function, dtype: np.dtype, work, keep=(), **fields) -> None:
@@ -32,17 +32,17 @@ class Program:
             record[field] = address(value) if isinstance(value, np.ndarray) or value is None else value
         self._kept += [work, *fields.values(), *keep]
         self._functions.append(function.address)
-        self._records.append(record)
+        self.records.append(record)
         self.names.append(name)
         self._table = None
 
     def _finish(self) -> None:
-        self.status = np.zeros(len(self._records), np.int64)
-        self._table = np.zeros((len(self._records), 2), np.int64)
-        for i, (function, record) in enumerate(zip(self._functions, self._records, strict=True)):
+        self.status = np.zeros(len(self.records), np.int64)
+        self._table = np.zeros((len(self.records), 2), np.int64)
+        for i, (function, record) in enumerate(zip(self._functions, self.records, strict=True)):
             record["status"] = address(self.status) + 8 * i
             self._table[i] = function, address(record)
-        self._arguments = self.pool.address, address(self._table), len(self._records), address(self.status)
+        self._arguments = self.pool.address, address(self._table), len(self.records), address(self.status)
 
     def run(self) -> int:
         """Runs all operations; returns the number of the first whose status is set, or -1."""

@@ -12,20 +12,18 @@ from numba.extending import intrinsic
 
 from ..numerics import ATTENTION_BLOCK, BLOCK_LIMIT, EXP_COEFFICIENTS, EXP_LOWEST, LN2_HIGH, LN2_LOW, LOG2E, PAGE, UNFIXED
 from . import target
-from .simd import _F32, _I8, _I32, _I64, _V32, _VF, LANES, _constant, _declare, _fma, _load, _loop, _splat, _vector_at
+from .simd import _F32, _I8, _I32, _I64, _VF, LANES, _declare, _fma, _load, _loop, _splat, _vector_at
+from .simd_int8 import _lanes, _vectors
 
 # Queries of a register tile, and how many vectors of keys or values meet each of them: chains that fit the registers beside the
 # vectors, and enough of them to hide the latency of a multiply-add.
 _TILES = {512: ((12, 2), (8, 2), (4, 4), (3, 4), (2, 4), (1, 8)), 256: ((4, 1), (3, 1), (2, 2), (1, 4))}.get(
     target.vector_bits(), ((4, 1), (2, 1), (1, 2)))
-_V64 = ir.VectorType(_I64, LANES // 2)
-_VD = ir.VectorType(ir.DoubleType(), LANES // 2)
+# Scores that pass through exp together: so long a chain of instructions needs company.
+_SPAN = 64 if target.vector_bits() == 512 else LANES
 # Added to a float64 of 0 … 1, or of absolute value below 2**19, they leave its nearest multiple of 2**-32 in the lowest bits.
 _ROUNDING, _ROUNDING_BITS = 2.0**20, 0x413 << 52
 _SIGNED_ROUNDING, _SIGNED_ROUNDING_BITS = 1.5 * 2.0**20, 0x4138 << 48
-_NONE = ir.Constant(_V64, [0] * (LANES // 2))
-_LEAST = _constant(_VF, float("-inf"))
-_TOGETHER = 4 if target.vector_bits() == 512 else 1     # vectors of scores that take the steps of exp together
 _PAGES = ATTENTION_BLOCK // PAGE
 
 
@@ -33,14 +31,23 @@ def _whole(number):
     return ir.Constant(_I64, number)
 
 
-def _prefetch(builder, pointer):
-    pointer = builder.bitcast(pointer, _I8.as_pointer())
-    function = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-    builder.call(function, [pointer, ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)])
+def _times(builder, value, number):
+    return builder.mul(value, _whole(number))
 
 
 def _lowest(builder, a, b):
     return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+
+def _store(builder, value, pointer):
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
+
+
+def _prefetch(builder, pointer):
+    """Asks for a line, as far as the second-level cache: the first one holds what is in use."""
+    pointer = builder.bitcast(pointer, _I8.as_pointer())
+    function = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    builder.call(function, [pointer, *(ir.Constant(_I32, number) for number in (0, 2, 1))])
 
 
 def _page(builder, table, page, pool, stride):
@@ -51,10 +58,10 @@ def _page(builder, table, page, pool, stride):
 
 def _repeat(builder, count, body):
     """Emits ``for i in range(count): body(i)``, perhaps not once."""
+    def once(index, values):
+        body(index)
+        return values
     with builder.if_then(builder.icmp_signed(">", count, _whole(0))):
-        def once(index, values):
-            body(index)
-            return values
         _loop(builder, count, [], once)
 
 
@@ -62,11 +69,11 @@ def _for_tiles(builder, count, body):
     """Emits body(queries of the tile, vectors, first query) for tiles that make up ``count`` queries, the largest first."""
     first = _whole(0)
     for queries, vectors in _TILES:
-        left = builder.sub(count, first)
-        number = builder.sdiv(left, _whole(queries))
-        start = first
-        _repeat(builder, number, lambda i, q=queries, v=vectors, s=start: body(q, v, builder.add(s, builder.mul(i, _whole(q)))))
-        first = builder.add(first, builder.mul(number, _whole(queries)))
+        number = builder.sdiv(builder.sub(count, first), _whole(queries))
+        def tile(index, queries=queries, vectors=vectors, first=first):
+            body(queries, vectors, builder.add(first, _times(builder, index, queries)))
+        _repeat(builder, number, tile)
+        first = builder.add(first, _times(builder, number, queries))
 
 
 @intrinsic
@@ -81,8 +88,8 @@ def _score_tile(builder, dtype, queries, pages, q, count, head_dim, keys, ahead,
     """Scores of ``queries`` queries from q[0] on in ``pages`` pages; ``chosen``: their numbers, repeated where they are fewer."""
     def steps(step, chains):
         for sub in range(2):
-            d = builder.add(builder.mul(step, _whole(2)), _whole(sub))
-            at, after = builder.mul(d, _whole(PAGE)), []
+            d = builder.add(_times(builder, step, 2), _whole(sub))
+            at, after = _times(builder, d, PAGE), []
             vectors = [_load(builder, dtype, builder.gep(key, [at])) for key in keys]
             for t in range(queries):
                 value = _splat(builder, builder.load(builder.gep(q, [builder.add(builder.mul(d, count), _whole(t))])))
@@ -92,14 +99,13 @@ def _score_tile(builder, dtype, queries, pages, q, count, head_dim, keys, ahead,
                     _prefetch(builder, builder.gep(pointer, [at]))
             chains = after
         return chains
-    chains = _loop(builder, builder.sdiv(head_dim, _whole(2)), [_constant(_VF, 0.0)] * (queries * pages), steps)
+    chains = _loop(builder, builder.sdiv(head_dim, _whole(2)), [ir.Constant(_VF, [0.0] * LANES)] * (queries * pages), steps)
     scales = _splat(builder, scale)
     for p, page in enumerate(chosen):
         slot = builder.mul(builder.and_(page, _whole(_PAGES - 1)), _whole(PAGE))
         for t in range(queries):
             pointer = builder.gep(scores, [builder.add(slot, _whole(t * ATTENTION_BLOCK))])
-            value = builder.fmul(chains[t * pages + p], scales)
-            builder.store(value, builder.bitcast(pointer, _VF.as_pointer())).align = 4
+            _store(builder, builder.fmul(chains[t * pages + p], scales), pointer)
 
 
 @intrinsic
@@ -111,12 +117,12 @@ def score_pages(typing_context, q, count, head_dim, keys, key_stride, values, va
 
         def tile(queries, pages, query):
             def group(index, carried):
-                start = builder.add(first, builder.mul(index, _whole(pages)))
+                start = builder.add(first, _times(builder, index, pages))
                 chosen = [_lowest(builder, builder.add(start, _whole(p)), last) for p in range(pages)]
                 own = [_page(builder, table_, page, keys_, key_stride) for page in chosen]
                 ahead = [_page(builder, table_, page, values_, value_stride) for page in chosen]
                 _score_tile(builder, keys.dtype, queries, pages, builder.gep(q_, [query]), count, head_dim, own, ahead, chosen,
-                            scale, builder.gep(scores_, [builder.mul(query, _whole(ATTENTION_BLOCK))]))
+                            scale, builder.gep(scores_, [_times(builder, query, ATTENTION_BLOCK)]))
                 return carried
             groups = builder.sdiv(builder.add(number, _whole(pages - 1)), _whole(pages))
             _loop(builder, groups, [], group)
@@ -130,12 +136,12 @@ def _value_tile(builder, dtype, queries, vectors, weights, values, stride, width
                 first, stop, chains):
     """Adds values of positions first … stop - 1, times weights, to ``vectors`` vectors of the chains of ``queries`` queries."""
     def places():
-        return [(builder.gep(chains, [builder.add(builder.mul(width, _whole(t)), _whole(v * LANES))]), t * vectors + v)
+        return [(builder.gep(chains, [builder.add(_times(builder, width, t), _whole(v * LANES))]), t * vectors + v)
                 for t in range(queries) for v in range(vectors)]
 
     def one_page(index, sums):
         page = builder.add(builder.sdiv(first, _whole(PAGE)), index)
-        low = builder.mul(page, _whole(PAGE))
+        low = _times(builder, page, PAGE)
         high = _lowest(builder, builder.add(low, _whole(PAGE)), stop)
         low = builder.select(builder.icmp_signed("<", low, first), first, low)
         row = builder.mul(builder.and_(low, _whole(PAGE - 1)), width)
@@ -163,7 +169,7 @@ def _value_tile(builder, dtype, queries, vectors, weights, values, stride, width
     pages = builder.add(builder.sub(last, builder.sdiv(first, _whole(PAGE))), _whole(1))
     sums = _loop(builder, pages, sums, one_page)
     for pointer, i in places():
-        builder.store(sums[i], builder.bitcast(pointer, _VF.as_pointer())).align = 4
+        _store(builder, sums[i], pointer)
 
 
 @intrinsic
@@ -179,19 +185,19 @@ def weigh_values(typing_context, weights, count, values, value_stride, width, ke
         lanes = builder.sdiv(width, _whole(LANES))
 
         def tile(queries, vectors, query):
-            own_weights = builder.gep(weights_, [builder.mul(query, _whole(ATTENTION_BLOCK))])
+            own_weights = builder.gep(weights_, [_times(builder, query, ATTENTION_BLOCK)])
             own_chains = builder.gep(chains_, [builder.mul(query, width)])
 
             def at(offset, number):
                 def body(index):
-                    lane = builder.mul(builder.add(offset, builder.mul(index, _whole(number))), _whole(LANES))
+                    lane = builder.mul(builder.add(offset, _times(builder, index, number)), _whole(LANES))
                     _value_tile(builder, values.dtype, queries, number, own_weights, builder.gep(values_, [lane]), value_stride,
                                 width, builder.gep(keys_, [lane]), key_stride, table_, further, furthest, first, stop,
                                 builder.gep(own_chains, [lane]))
                 return body
             wide = min(vectors, 4)
             several = builder.sdiv(lanes, _whole(wide))
-            done = builder.mul(several, _whole(wide))
+            done = _times(builder, several, wide)
             _repeat(builder, several, at(_whole(0), wide))
             if wide > 1:
                 _repeat(builder, builder.sub(lanes, done), at(done, 1))
@@ -203,68 +209,58 @@ def weigh_values(typing_context, weights, count, values, value_stride, width, ke
     return signature, codegen
 
 
-def _exp(builder, vectors, visible):
-    """The canonical e**x of vectors of x <= 0 (or NaN), zero in lanes that are not visible.
+def _all(llvm_vector, number):
+    return ir.Constant(llvm_vector, [number] * llvm_vector.count)
 
-    All vectors take a step before any takes the next: a chain of such length needs company.
-    """
-    def call(name, values):
-        function = _declare(builder, name, _VF, [_VF])
-        return [builder.call(function, [value]) for value in values]
 
-    def fma(values, factor, terms):
-        return [_fma(builder, value, b, c) for value, b, c in zip(values, factor, terms, strict=True)]
-    def all_of(number):
-        return [_constant(_VF, float(number))] * len(vectors)
-    lowest = _constant(_VF, float(EXP_LOWEST))
-    below = [builder.fcmp_ordered("<", x, lowest) for x in vectors]
-    clamped = [builder.select(low, lowest, x) for low, x in zip(below, vectors, strict=True)]
-    n = call("llvm.rint.v16f32", [builder.fmul(x, _constant(_VF, float(LOG2E))) for x in clamped])
-    minus = [builder.fneg(x) for x in n]
-    r = fma(minus, all_of(LN2_HIGH), clamped)
-    r = fma(minus, all_of(LN2_LOW), r)
-    p = all_of(EXP_COEFFICIENTS[0])
+def _like(vector, element):
+    """The type of a vector of as many lanes."""
+    return ir.VectorType(element, vector.type.count)
+
+
+def _spread(builder, scalar, lanes):
+    """A vector of so many times the same number."""
+    vector = ir.VectorType(scalar.type, lanes)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, first, _all(ir.VectorType(_I32, lanes), 0))
+
+
+def _call(builder, name, *vectors):
+    """An LLVM intrinsic over vectors of one type."""
+    kind = vectors[0].type
+    letter = "f" if kind.element == _F32 else "i"
+    function = _declare(builder, f"llvm.{name}.v{kind.count}{letter}32", kind, [kind] * len(vectors))
+    return builder.call(function, vectors)
+
+
+def _folded(builder, vector, lanes, combine):
+    """The two halves of a vector combined, until ``lanes`` are left."""
+    while vector.type.count > lanes:
+        vector = combine(*_vectors(builder, vector, vector.type, 2))
+    return vector
+
+
+def _exp(builder, x):
+    """The canonical e**x of a vector of x <= 0 (or NaN), and in which lanes it is not zero for being too small."""
+    words = _like(x, _I32)
+    def number(value):
+        return _all(x.type, float(value))
+    enough = builder.fcmp_unordered(">=", x, number(EXP_LOWEST))
+    clamped = builder.select(enough, x, number(EXP_LOWEST))
+    n = _call(builder, "rint", builder.fmul(clamped, number(LOG2E)))
+    r = _call(builder, "fma", builder.fneg(n), number(LN2_HIGH), clamped)
+    r = _call(builder, "fma", builder.fneg(n), number(LN2_LOW), r)
+    p = number(EXP_COEFFICIENTS[0])
     for coefficient in EXP_COEFFICIENTS[1:]:
-        p = fma(p, r, all_of(coefficient))
-    exponents = [builder.add(builder.fptosi(x, _V32), _constant(_V32, 127)) for x in n]
-    scales = [builder.bitcast(builder.shl(exponent, _constant(_V32, 23)), _VF) for exponent in exponents]
-    results = [builder.fmul(value, scale) for value, scale in zip(p, scales, strict=True)]
-    kept = [builder.and_(builder.not_(low), lanes) for low, lanes in zip(below, visible, strict=True)]
-    return [builder.select(lanes, value, _constant(_VF, 0.0)) for lanes, value in zip(kept, results, strict=True)]
+        p = _call(builder, "fma", p, r, number(coefficient))
+    exponent = builder.shl(builder.add(builder.fptosi(n, words), _all(words, 127)), _all(words, 23))
+    return builder.fmul(p, builder.bitcast(exponent, x.type)), enough
 
 
-def _higher(builder, a, b):
-    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-
-def _highest(builder, vector):
-    """The maximum of a vector's lanes."""
-    for lanes in (8, 4, 2, 1):
-        turned = ir.Constant(_V32, [(i + lanes) % LANES for i in range(LANES)])
-        vector = _higher(builder, vector, builder.shuffle_vector(vector, vector, turned))
-    return builder.extract_element(vector, ir.Constant(_I32, 0))
-
-
-def _add_fixed(builder, totals, vector, rounding):
-    """Adds the fixed-point form of sixteen float32, and the bits of ``rounding`` with each, to two vectors of int64."""
-    after = []
-    for half, total in enumerate(totals):
-        lanes = ir.Constant(ir.VectorType(_I32, LANES // 2), list(range(half * LANES // 2, (half + 1) * LANES // 2)))
-        wide = builder.fpext(builder.shuffle_vector(vector, vector, lanes), _VD)
-        rounded = builder.fadd(wide, ir.Constant(_VD, [rounding] * (LANES // 2)))
-        after.append(builder.add(total, builder.bitcast(rounded, _V64)))
-    return after
-
-
-def _splat32(builder, whole):
-    undefined = ir.Constant(_V32, ir.Undefined)
-    first = builder.insert_element(undefined, builder.trunc(whole, _I32), ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, _constant(_V32, 0))
-
-
-def _splat64(builder, whole):
-    return builder.shuffle_vector(builder.insert_element(_NONE, whole, ir.Constant(_I32, 0)), _NONE,
-                                  ir.Constant(ir.VectorType(_I32, LANES // 2), [0] * (LANES // 2)))
+def _fixed(builder, vector, rounding):
+    """The fixed-point form of float32, int64 multiples of 2**-32, with the bits of ``rounding`` added to each."""
+    wide = builder.fpext(vector, _like(vector, ir.DoubleType()))
+    return builder.bitcast(builder.fadd(wide, _all(wide.type, rounding)), _like(vector, _I64))
 
 
 @intrinsic
@@ -273,48 +269,46 @@ def weigh_scores(typing_context, scores, low, high):
 
     Their neighbours in the block may become zero. A NaN among the scores becomes a NaN weight.
     """
-    pair, span = types.Tuple((types.float32, types.int64)), _TOGETHER * LANES
     def codegen(context, builder, signature, arguments):
         scores_, low, high = arguments
-        first = builder.sdiv(low, _whole(span))
-        count = builder.sub(builder.sdiv(builder.add(high, _whole(span - 1)), _whole(span)), first)
+        floats, words = (ir.VectorType(element, _SPAN) for element in (_F32, _I32))
+        first = builder.sdiv(low, _whole(_SPAN))
+        count = builder.sub(builder.sdiv(builder.add(high, _whole(_SPAN - 1)), _whole(_SPAN)), first)
+        # Positions from ``low`` on, of the first span; as unsigned numbers, those before it are high ones.
+        start = builder.trunc(builder.sub(_times(builder, first, _SPAN), low), _I32)
+        places = builder.add(_spread(builder, start, _SPAN), _lanes(_SPAN))
+        length = _spread(builder, builder.trunc(builder.sub(high, low), _I32), _SPAN)
+        least = _all(floats, float("-inf"))
 
-        # Positions from ``low`` on, of the vectors of the first step; as unsigned numbers, those before it are high ones.
-        start = builder.sub(builder.mul(first, _whole(span)), low)
-        lanes = [builder.add(_splat32(builder, start), ir.Constant(_V32, list(range(i * LANES, (i + 1) * LANES))))
-                 for i in range(_TOGETHER)]
-        length = _splat32(builder, builder.sub(high, low))
+        def at(index):
+            pointer = builder.gep(scores_, [_times(builder, builder.add(first, index), _SPAN)])
+            return pointer, _vector_at(builder, pointer, floats, 4)
 
-        def at(index, lanes):
-            place = builder.mul(builder.add(first, index), _whole(span))
-            pointers = [builder.gep(scores_, [builder.add(place, _whole(i * LANES))]) for i in range(_TOGETHER)]
-            values = [_vector_at(builder, pointer, _VF, 4) for pointer in pointers]
-            visible = [builder.icmp_unsigned("<", vector, length) for vector in lanes]
-            return pointers, values, visible, [builder.add(vector, _constant(_V32, span)) for vector in lanes]
+        def higher(a, b):
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
         def largest(index, carried):
-            _, values, visible, following = at(index, carried[:_TOGETHER])
-            seen = [builder.select(lanes, value, _LEAST) for lanes, value in zip(visible, values, strict=True)]
-            return following + [_higher(builder, a, b) for a, b in zip(seen, carried[_TOGETHER:], strict=True)]
-        maxima = _loop(builder, count, lanes + [_LEAST] * _TOGETHER, largest)[_TOGETHER:]
-        for other in maxima[1:]:
-            maxima[0] = _higher(builder, maxima[0], other)
-        maximum = _highest(builder, maxima[0])
-        spread = _splat(builder, maximum)
+            places, maxima = carried
+            visible = builder.icmp_unsigned("<", places, length)
+            maxima = higher(builder.select(visible, at(index)[1], least), maxima)
+            return [builder.add(places, _all(words, _SPAN)), maxima]
+        _, maxima = _loop(builder, count, [places, least], largest)
+        maximum = builder.extract_element(_folded(builder, maxima, 1, higher), ir.Constant(_I32, 0))
 
         def weights(index, carried):
-            pointers, values, visible, following = at(index, carried[:_TOGETHER])
-            sums = carried[_TOGETHER:]
-            values = _exp(builder, [builder.fsub(value, spread) for value in values], visible)
-            for pointer, value in zip(pointers, values, strict=True):
-                builder.store(value, builder.bitcast(pointer, _VF.as_pointer())).align = 4
-                sums = _add_fixed(builder, sums, value, _ROUNDING)
-            return following + sums
-        halves = _loop(builder, count, lanes + [_NONE] * 2, weights)[_TOGETHER:]
-        total = builder.call(_declare(builder, "llvm.vector.reduce.add.v8i64", _I64, [_V64]), [builder.add(*halves)])
-        total = builder.sub(total, builder.mul(count, _whole(_ROUNDING_BITS * span % 2**64)))
+            places, sums = carried
+            pointer, value = at(index)
+            value, enough = _exp(builder, builder.fsub(value, _spread(builder, maximum, _SPAN)))
+            kept = builder.and_(enough, builder.icmp_unsigned("<", places, length))
+            value = builder.select(kept, value, _all(floats, 0.0))
+            _store(builder, value, pointer)
+            sums = builder.add(sums, _folded(builder, _fixed(builder, value, _ROUNDING), LANES, builder.add))
+            return [builder.add(places, _all(words, _SPAN)), sums]
+        _, sums = _loop(builder, count, [places, _all(ir.VectorType(_I64, LANES), 0)], weights)
+        total = builder.extract_element(_folded(builder, sums, 1, builder.add), ir.Constant(_I32, 0))
+        total = builder.sub(total, _times(builder, count, _ROUNDING_BITS * _SPAN % 2**64))
         return context.make_tuple(builder, signature.return_type, [maximum, total])
-    return pair(scores, types.intp, types.intp), codegen
+    return types.Tuple((types.float32, types.int64))(scores, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -325,33 +319,31 @@ def merge_blocks(typing_context, chains, weights, blocks, chain_stride, weight_s
     """
     def codegen(context, builder, signature, arguments):
         chains_, weights_, blocks, chain_stride, weight_stride, head_dim, divisor = arguments
-        iota, wide = ir.Constant(_V32, list(range(LANES))), ir.VectorType(_F32, LANES // 2)
-        correction = _splat64(builder, builder.mul(blocks, _whole(_SIGNED_ROUNDING_BITS)))
+        words, sums = ir.VectorType(_I32, LANES), ir.VectorType(_I64, LANES)
+        correction = _spread(builder, _times(builder, blocks, _SIGNED_ROUNDING_BITS), LANES)
 
         def vector(index, carried):
-            at = builder.mul(index, _whole(LANES))
-            held = builder.icmp_signed("<", iota, _splat32(builder, builder.sub(head_dim, at)))
+            at = _times(builder, index, LANES)
+            rest = builder.trunc(builder.sub(head_dim, at), _I32)
+            held = builder.icmp_signed("<", _lanes(LANES), _spread(builder, rest, LANES))
             place = builder.gep(chains_, [at])
 
             def block(b, carried):
+                bits, totals = carried
                 weight = builder.load(builder.gep(weights_, [builder.mul(b, weight_stride)]))
                 value = _vector_at(builder, builder.gep(place, [builder.mul(b, chain_stride)]), _VF, 4)
-                value = builder.select(held, builder.fmul(value, _splat(builder, weight)), _constant(_VF, 0.0))
-                magnitude = builder.and_(builder.bitcast(value, _V32), _constant(_V32, 0x7FFFFFFF))
-                bits = builder.call(_declare(builder, "llvm.umax.v16i32", _V32, [_V32, _V32]), [carried[0], magnitude])
-                return [bits, *_add_fixed(builder, carried[1:], value, _SIGNED_ROUNDING)]
-            bits, *totals = _loop(builder, blocks, [*carried, _NONE, _NONE], block)
-            parts = []
-            for total in totals:
-                exact = builder.sitofp(builder.sub(total, correction), _VD)
-                parts.append(builder.fptrunc(builder.fmul(exact, ir.Constant(_VD, [UNFIXED] * (LANES // 2))), wide))
-            result = builder.fdiv(builder.shuffle_vector(*parts, iota), _splat(builder, divisor))
-            builder.store(result, builder.bitcast(place, _VF.as_pointer())).align = 4
+                value = builder.select(held, builder.fmul(value, _splat(builder, weight)), _all(_VF, 0.0))
+                magnitude = builder.and_(builder.bitcast(value, words), _all(words, 0x7FFFFFFF))
+                return [_call(builder, "umax", bits, magnitude), builder.add(totals, _fixed(builder, value, _SIGNED_ROUNDING))]
+            bits, totals = _loop(builder, blocks, [*carried, _all(sums, 0)], block)
+            exact = builder.sitofp(builder.sub(totals, correction), ir.VectorType(ir.DoubleType(), LANES))
+            result = builder.fptrunc(builder.fmul(exact, _all(exact.type, UNFIXED)), _VF)
+            _store(builder, builder.fdiv(result, _splat(builder, divisor)), place)
             return [bits]
-        count = builder.sdiv(builder.add(head_dim, _whole(LANES - 1)), _whole(LANES))
-        (bits,) = _loop(builder, count, [_constant(_V32, 0)], vector)
-        within = builder.icmp_unsigned("<", bits, _constant(_V32, int(BLOCK_LIMIT.view("i4"))))
-        mask = ir.IntType(LANES)
-        return builder.icmp_unsigned("==", builder.bitcast(within, mask), ir.Constant(mask, 2**LANES - 1))
+        vectors = builder.sdiv(builder.add(head_dim, _whole(LANES - 1)), _whole(LANES))
+        (bits,) = _loop(builder, vectors, [_all(words, 0)], vector)
+        highest = _folded(builder, bits, 1, lambda a, b: _call(builder, "umax", a, b))
+        limit = ir.Constant(_I32, int(BLOCK_LIMIT.view("i4")))
+        return builder.icmp_unsigned("<", builder.extract_element(highest, ir.Constant(_I32, 0)), limit)
     number = types.intp
     return types.boolean(chains, weights, number, number, number, number, types.float32), codegen

@@ -48,7 +48,12 @@ class Weights:
 
     def part(self, out: np.ndarray | None = None, bias: np.ndarray | None = None) -> "Part":
         """These weights, the bias of their outputs (None or empty: none), and the array [rows, outputs] that takes them."""
-        bias, stride = None if bias is None or not bias.size else bias, 0 if out is None else out.shape[1]
+        stride = 0 if out is None else out.shape[1]
+        if bias is not None and bias.size:
+            # Whole panels: kernels load it sixteen at a time.
+            bias = np.concatenate([bias, np.zeros(-len(bias) % (2 * LANES), np.float32)])
+        else:
+            bias = None
         record = np.array([(address(self.data), address(self.table), address(self.row_scales), address(bias),
                             self.data.strides[0], self.rows, self.blocks.groups, self.blocks.groups_per_block, address(out), stride,
                             self.blocks.size, self.blocks.block)], PART)

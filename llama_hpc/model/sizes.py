@@ -13,12 +13,12 @@ from llama_hpc.model.shares import StageShare, TensorShare
 
 @dataclass(frozen=True)
 class Projection:
-    """A matrix of ``rows`` x ``columns``, reduction block ``block``; ``table``: an embedding or output head."""
+    """A matrix of ``rows`` x ``columns``, reduction block ``block``; ``table``: ``embedding`` or ``head``, or nothing."""
 
     rows: int
     columns: int
     block: int
-    table: bool = False
+    table: str = ""
 
 
 def projections(config: ModelConfig, stage: StageShare, share: TensorShare) -> Iterator[Projection]:
@@ -29,9 +29,11 @@ def projections(config: ModelConfig, stage: StageShare, share: TensorShare) -> I
         yield from (Projection(rows, hidden, BLOCK) for rows in (q, kv, kv, ffn, ffn))
         yield Projection(hidden, q, min(head_dim, BLOCK))
         yield Projection(hidden, ffn, down_block(config.intermediate_size))
-    both = stage.first and stage.last and not config.tie_embeddings
-    for _ in range(2 if both else int(stage.first or stage.last)):
-        yield Projection(len(share.vocabulary), hidden, BLOCK, table=True)
+    tied = config.tie_embeddings
+    if stage.first or (stage.last and tied):
+        yield Projection(len(share.vocabulary), hidden, BLOCK, "embedding")
+    if stage.last and not tied:
+        yield Projection(len(share.vocabulary), hidden, BLOCK, "head")
 
 
 def whole(config: ModelConfig) -> tuple[StageShare, TensorShare]:
@@ -62,7 +64,7 @@ def _packed(p: Projection, weights_format: str) -> int:
 
 
 def _format(p: Projection, weights_format: str) -> str:
-    return table_format(weights_format) if p.table else weights_format
+    return table_format(weights_format, p.table) if p.table else weights_format
 
 
 def weight_bytes(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare) -> int:

@@ -135,7 +135,7 @@ class TransformerStage:
 
     def _add_embedding(self) -> None:
         table, b, steps = self.weights.embedding.weights, self.buffers, self.steps
-        forms = {"halves": elementwise.QUANTIZED, "f32": elementwise.FLOAT32, "f16": elementwise.FLOAT16}
+        forms = {"halves": elementwise.INT8, "nibble": elementwise.INT4, "f32": elementwise.FLOAT32, "f16": elementwise.FLOAT16}
         steps.program.add((0, ("embedding",)), elementwise.embedding_operation, elementwise.EMBEDDING,
                           ONE_TASK.record(steps.pool.threads), rows=steps.rows, tokens=b.tokens, first=self.share.vocabulary.start,
                           held=table.rows, columns=self.config.hidden_size, data=table.data, tile_bytes=table.data.strides[0],

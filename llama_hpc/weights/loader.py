@@ -68,7 +68,7 @@ def loading_steps(config: ModelConfig, weights_format: str, stage: StageShare, s
 def tensor_coding(config: ModelConfig, name: str, weights_format: str) -> tuple[str, int]:
     """Format and reduction block of a tensor in a model of this weight format; a vector is float32 in blocks of 1."""
     if name in ("embedding", "head"):
-        return table_format(weights_format), BLOCK
+        return table_format(weights_format, name), BLOCK
     part = name.rsplit(".", 1)[-1]
     return (weights_format, _blocks(config)[part]) if part in PROJECTIONS else ("f32", 1)
 
@@ -134,15 +134,17 @@ class _Loader:
         return fit_codebook(sample, formats.Blocks(columns, self.blocks[name.rsplit(".", 1)[-1]]), threads=self.threads)
 
     def stage(self, stage: StageShare) -> StageWeights:
-        config, tables = self.config, table_format(self.format)
-        embedding = self.linear("embedding", self.share.vocabulary, None, BLOCK, tables) if stage.first else None
+        config = self.config
+        def table(name: str) -> LinearWeights:
+            return self.linear(name, self.share.vocabulary, None, BLOCK, table_format(self.format, name))
+        embedding = table("embedding") if stage.first else None
         layers = [self.layer(number) for number in stage.layers]
         final_norm = head = None
         if stage.last:
             final_norm = self.vector("final_norm")
             name = "embedding" if config.tie_embeddings else "head"
             shared = embedding if config.tie_embeddings else None
-            head = shared or self.linear(name, self.share.vocabulary, None, BLOCK, tables)
+            head = shared or table(name)
         return StageWeights(self.format not in formats.PLAIN_BYTES, self.format != "f32", layers, embedding, final_norm, head)
 
     def layer(self, number: int) -> LayerWeights:
