@@ -9,21 +9,18 @@ from numba.extending import intrinsic
 
 from ..numerics import FIXED, GROUP, INFINITY_BITS, NOT_FINITE, OK, OUT_OF_RANGE, OUTPUT_LIMIT, TINY, UNFIXED
 from . import simd_int8 as int8
-from .activations import ACTIVATION, activation_at
+from .activations import activation_at
 from .functions import half_value
 from .memory import (
     atomic_or,
     float32_at,
-    float32s,
-    float64s,
+    float64_at,
     int8_at,
-    int8s,
     int32_at,
-    int32s,
-    int64s,
+    int64_at,
     record,
     record_pointer,
-    uint16s,
+    uint16_at,
 )
 from .simd import float_from_bits, rint
 from .team import begin, chunk, work_at
@@ -102,8 +99,8 @@ def quantize_group(target, row, group):
         fine = int8.quantize_32(float32_at(target.values), source, int8_at(target.x), float32_at(target.scales),
                                 int32_at(target.corrections), at)
         return OK if fine else NOT_FINITE
-    values, x = float32s(target.values), int8s(target.x)
-    largest = _largest_magnitude(int32s(target.values), source, source + count)
+    values, x = float32_at(target.values), int8_at(target.x)
+    largest = _largest_magnitude(int32_at(target.values), source, source + count)
     if largest >= INFINITY_BITS:
         return NOT_FINITE
     amax = float_from_bits(largest)
@@ -114,8 +111,8 @@ def quantize_group(target, row, group):
         value = np.int32(rint(values[source + i] * inverse)) if i < count else np.int32(0)
         total += value
         x[at * GROUP + i // 8 * 8 + i % 2 * 4 + i % 8 // 2] = value
-    float32s(target.scales)[at] = np.float32(0) if small else amax / _Q
-    int32s(target.corrections)[at] = np.int32(-128) * total
+    float32_at(target.scales)[at] = np.float32(0) if small else amax / _Q
+    int32_at(target.corrections)[at] = np.int32(-128) * total
     return OK
 
 
@@ -131,14 +128,14 @@ def norm_operation(member, where):
     """RMS norm of rows of the residual (all, or the ``selected`` ones), then their quantised form."""
     op = carray(_norm_at(where), 1)[0]
     target, work = carray(activation_at(op.target), 1)[0], carray(work_at(op.work), 1)[0]
-    rows, status = int64s(op.rows)[0], 0
+    rows, status = int64_at(op.rows)[0], 0
     begin(op.team, member, work, rows)
     first, last = chunk(op.team, member, work, rows)
     while last > first:
         for row in range(first, last):
-            source = op.residual + 4 * op.stride * (int64s(op.selected)[row] if op.selected else row)
-            status |= rms_norm(float32s(source), int32s(source), op.columns, float32s(op.weight), float64s(op.eps)[0],
-                               float32s(target.values + 4 * target.stride * row))
+            source = op.residual + 4 * op.stride * (int64_at(op.selected)[row] if op.selected else row)
+            status |= rms_norm(float32_at(source), int32_at(source), op.columns, float32_at(op.weight), float64_at(op.eps)[0],
+                               float32_at(target.values + 4 * target.stride * row))
             if target.x and not status:
                 for group in range(groups_of(target)):
                     status |= quantize_group(target, row, group)
@@ -152,7 +149,7 @@ def quantize_operation(member, where):
     """Quantises the rows of ``target`` of a record NORM, which are float32 already."""
     op = carray(_norm_at(where), 1)[0]
     target, work = carray(activation_at(op.target), 1)[0], carray(work_at(op.work), 1)[0]
-    rows, status = int64s(op.rows)[0], 0
+    rows, status = int64_at(op.rows)[0], 0
     begin(op.team, member, work, rows)
     first, last = chunk(op.team, member, work, rows)
     while last > first:
@@ -171,8 +168,8 @@ def _quantized_row(op, row, out):
     half = int8.STEPS // 2 if op.form == INT4 else int8.STEPS
     for group in range((op.columns + GROUP - 1) // GROUP):
         line = tile + group // 2 * (1 + 2 * half) * int8.BYTES
-        factor = half_value(uint16s(line)[group % 2 * _LANES + lane])
-        values = int8s(line + int8.BYTES * (1 + group % 2 * half))
+        factor = half_value(uint16_at(line)[group % 2 * _LANES + lane])
+        values = int8_at(line + int8.BYTES * (1 + group % 2 * half))
         for i in range(min(GROUP, op.columns - group * GROUP)):
             step, place = i // 8 * 2 + i % 2, lane * 4 + i % 8 // 2
             if op.form == INT4:
@@ -186,12 +183,12 @@ def _quantized_row(op, row, out):
 def embedding_operation(member, where):
     """out[r] = row tokens[r] of a table of which ``held`` rows from ``first`` on are here; zeros where the token lies elsewhere."""
     op = carray(_embedding_at(where), 1)[0]
-    work, rows, tokens = carray(work_at(op.work), 1)[0], int64s(op.rows)[0], int32s(op.tokens)
+    work, rows, tokens = carray(work_at(op.work), 1)[0], int64_at(op.rows)[0], int32_at(op.tokens)
     begin(op.team, member, work, rows)
     first, last = chunk(op.team, member, work, rows)
     while last > first:
         for r in range(first, last):
-            row, out = tokens[r] - op.first, float32s(op.out + 4 * op.stride * r)
+            row, out = tokens[r] - op.first, float32_at(op.out + 4 * op.stride * r)
             if row < 0 or row >= op.held:
                 for k in range(op.columns):
                     out[k] = np.float32(0)
@@ -201,7 +198,7 @@ def embedding_operation(member, where):
                 at = row // _LANES * op.columns * _LANES + row % _LANES
                 for k in range(op.columns):
                     place = at + k * _LANES
-                    out[k] = half_value(uint16s(op.data)[place]) if op.form == FLOAT16 else float32s(op.data)[place]
+                    out[k] = half_value(uint16_at(op.data)[place]) if op.form == FLOAT16 else float32_at(op.data)[place]
         first, last = chunk(op.team, member, work, rows)
 
 
@@ -211,8 +208,8 @@ def embedding_operation(member, where):
 def finish_operation(member, where):
     """residual += float32(sums * 2**-32) + bias: the end of a product whose sums came from several ranks, [rows, columns]."""
     op = carray(_finish_at(where), 1)[0]
-    work, rows, status = carray(work_at(op.work), 1)[0], int64s(op.rows)[0], 0
-    sums, residual, bias = int64s(op.sums), float32s(op.residual), float32s(op.bias)
+    work, rows, status = carray(work_at(op.work), 1)[0], int64_at(op.rows)[0], 0
+    sums, residual, bias = int64_at(op.sums), float32_at(op.residual), float32_at(op.bias)
     begin(op.team, member, work, rows)
     first, last = chunk(op.team, member, work, rows)
     while last > first:

@@ -1,16 +1,14 @@
 """Arguments of operations: records of addresses that compiled code reads, and arrays seen through addresses.
 
 An operation that a team of threads runs is called with two addresses, whatever it does; what it works on is described by a
-record (a NumPy structured array) that is filled once, when a program is built. Arrays seen through addresses are flat and of
-unstated length: nothing checks an index.
+record (a NumPy structured array) that is filled once, when a program is built. Arrays are seen through pointers: they count no
+references, and nothing checks an index or takes a negative one for one from the end.
 """
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, from_dtype, njit, types
+from numba import from_dtype, types
 from numba.extending import intrinsic
-
-UNSTATED = 1 << 40
 
 
 def record(*names: str) -> np.dtype:
@@ -77,42 +75,6 @@ def int64_at(typing_context, where):
 def float64_at(typing_context, where):
     """A pointer to float64 at an address."""
     return _view(types.float64)
-
-
-@njit(cache=True)
-def float64s(where):
-    """The float64 array at an address."""
-    return carray(float64_at(where), (UNSTATED,))
-
-
-@njit(cache=True)
-def int8s(where):
-    """The int8 array at an address."""
-    return carray(int8_at(where), (UNSTATED,))
-
-
-@njit(cache=True)
-def uint16s(where):
-    """The uint16 array at an address."""
-    return carray(uint16_at(where), (UNSTATED,))
-
-
-@njit(cache=True)
-def float32s(where):
-    """The float32 array at an address."""
-    return carray(float32_at(where), (UNSTATED,))
-
-
-@njit(cache=True)
-def int32s(where):
-    """The int32 array at an address."""
-    return carray(int32_at(where), (UNSTATED,))
-
-
-@njit(cache=True)
-def int64s(where):
-    """The int64 array at an address."""
-    return carray(int64_at(where), (UNSTATED,))
 
 
 def record_pointer(dtype: np.dtype):

@@ -10,7 +10,7 @@ eight tokens: one lookup serves eight dot products then, and nothing is written 
 
 from numba import njit
 
-from ..numerics import FIXED, GROUP
+from ..numerics import GROUP
 from . import simd, target
 from . import simd_int8 as int8
 

@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 
 from . import simd
 from . import simd_int8 as int8
-from .memory import aligned, float32_at, int8_at, int32_at, int64_at, int64s, record, record_pointer
+from .memory import aligned, float32_at, int8_at, int32_at, int64_at, record, record_pointer
 from .program import Program
 from .team import THREADS
 from .workers import ONE_TASK, Pool
@@ -35,9 +35,9 @@ def _sum(words, count):
 def read_operation(member, where):
     """Reads ``count`` int64 once, a range for each member."""
     op = carray(_probe_at(where), 1)[0]
-    threads = int64s(op.team)[THREADS]
+    threads = int64_at(op.team)[THREADS]
     first, last = op.count * member // threads, op.count * (member + 1) // threads
-    int64s(op.out)[8 * member] = _sum(carray(int64_at(op.data + 8 * first), last - first), last - first)
+    int64_at(op.out)[8 * member] = _sum(carray(int64_at(op.data + 8 * first), last - first), last - first)
 
 
 @cfunc(types.void(types.intp, types.intp), cache=True)

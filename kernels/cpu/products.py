@@ -17,11 +17,9 @@ from .functions import sigmoid
 from .memory import (
     atomic_or,
     float32_at,
-    float32s,
     int8_at,
     int32_at,
     int64_at,
-    int64s,
     record,
     record_pointer,
 )
@@ -87,7 +85,7 @@ def _totals_of_kind(kind, part, panel, activation, first, rows, totals, followin
 def _integer_totals(kind, part, panel, activation, first, rows, totals, following):
     data, table, row_scales = int8_at(part.data), int8.load_table(kind, int8_at(part.table)), float32_at(part.row_scales)
     x, x_scales, corrections = int8_at(activation.x), float32_at(activation.scales), int32_at(activation.corrections)
-    _clear(int64s(totals), rows * WIDTH)
+    _clear(int64_at(totals), rows * WIDTH)
     largest, tile, end = int8.no_bits(), 2 * panel, 2 * (panel + 1) * part.tile_bytes
     jump = following - (part.data + end)
     while tile < 2 * panel + 2 and tile * LANES < part.rows:
@@ -101,7 +99,7 @@ def _integer_totals(kind, part, panel, activation, first, rows, totals, followin
 
 @njit(cache=True)
 def _float_totals(kind, part, panel, activation, first, rows, totals):
-    _clear(int64s(totals), rows * WIDTH)
+    _clear(int64_at(totals), rows * WIDTH)
     tile = LANES * part.columns
     at = 2 * panel * tile
     other = at + tile if (2 * panel + 1) * LANES < part.rows else at
@@ -114,9 +112,9 @@ def _float_totals(kind, part, panel, activation, first, rows, totals):
 def _outputs(part, panel, mode, first, rows, totals):
     """Moves totals [rows, 32] of a panel to their place; returns OUT_OF_RANGE or 0."""
     column = panel * WIDTH
-    count, sums, status = min(WIDTH, part.rows - column), int64s(totals), 0
+    count, sums, status = min(WIDTH, part.rows - column), int64_at(totals), 0
     if mode == SUMS:
-        out = int64s(part.out)
+        out = int64_at(part.out)
         for r in range(rows):
             for i in range(count):
                 out[(first + r) * part.stride + column + i] = sums[r * WIDTH + i]
@@ -124,7 +122,7 @@ def _outputs(part, panel, mode, first, rows, totals):
     if count == WIDTH:
         return _whole_outputs(int64_at(totals), float32_at(part.out), float32_at(part.bias), part.bias != 0, mode == ADD,
                               first * part.stride + column, part.stride, column, rows)
-    out, bias = float32s(part.out), float32s(part.bias)
+    out, bias = float32_at(part.out), float32_at(part.bias)
     for r in range(rows):
         at = (first + r) * part.stride + column
         for i in range(count):
@@ -166,7 +164,7 @@ def _gated(gate, up, panel, first, rows, totals, target):
     count = min(WIDTH, gate.rows - column)
     for r in range(rows):
         _silu_multiply(carray(float32_at(gates + 4 * WIDTH * r), WIDTH), carray(float32_at(ups + 4 * WIDTH * r), WIDTH),
-                       float32s(target.values + 4 * ((first + r) * target.stride + column)), count)
+                       float32_at(target.values + 4 * ((first + r) * target.stride + column)), count)
         if target.x:
             status |= quantize_group(target, first + r, panel) << 4
     return status
@@ -262,8 +260,8 @@ def _product(kind, member, where):
     """
     op = carray(product_at(where), 1)[0]
     activation, work = carray(activation_at(op.activation), 1)[0], carray(work_at(op.work), 1)[0]
-    parts, rows = carray(part_at(op.parts), 8), int64s(op.tokens)[0]
-    panels, scratch = panels_of(op, parts), int64s(member_words(op.team, member))[SCRATCH]
+    parts, rows = carray(part_at(op.parts), 8), int64_at(op.tokens)[0]
+    panels, scratch = panels_of(op, parts), int64_at(member_words(op.team, member))[SCRATCH]
     tiled = work.schedule == TILED
     wide, tall = max(1, work.tile_rows // WIDTH) if tiled else 1, max(1, min(work.tile_tokens if tiled else rows, rows))
     bands, strips = (panels + wide - 1) // wide, (rows + tall - 1) // tall

@@ -11,7 +11,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from . import target
-from .memory import atomic_add, atomic_load, atomic_replace, atomic_store, call, int64s, record, record_pointer
+from .memory import atomic_add, atomic_load, atomic_replace, atomic_store, call, int64_at, record, record_pointer
 
 STATIC, DYNAMIC, GUIDED, NESTED, TILED, STEAL = range(6)
 SCHEDULES = ("static", "dynamic", "guided", "nested", "tiled", "steal")
@@ -101,33 +101,33 @@ def _wait(where, value, spins, stop):
 @njit(cache=True)
 def member_words(team, member):
     """Address of a member's words."""
-    return team + 8 * (GROUPS + 8 * int64s(team)[THREADS] + MEMBER_WORDS * member)
+    return team + 8 * (GROUPS + 8 * int64_at(team)[THREADS] + MEMBER_WORDS * member)
 
 
 @njit(cache=True)
 def barrier(team, member):
     """Waits for all threads of the team; the last one readies the shared counters for the next loop."""
-    threads = int64s(team)[THREADS]
+    threads = int64_at(team)[THREADS]
     if threads == 1:
-        int64s(team)[NEXT] = 0
-        int64s(team)[GROUPS] = 0
+        int64_at(team)[NEXT] = 0
+        int64_at(team)[GROUPS] = 0
         return
     phase = atomic_load(team + 8 * PHASE)
     if atomic_add(team + 8 * ARRIVED, 1) + 1 == threads:
-        shared = int64s(team)
+        shared = int64_at(team)
         shared[NEXT] = 0
         for group in range(threads):
             shared[GROUPS + 8 * group] = 0
         atomic_store(team + 8 * ARRIVED, 0)
         atomic_store(team + 8 * PHASE, phase + 1)
     else:
-        late = _wait(team + 8 * PHASE, phase, int64s(team)[SPINS], team + 8 * STOP)
-        int64s(member_words(team, member))[WAITS] += late
+        late = _wait(team + 8 * PHASE, phase, int64_at(team)[SPINS], team + 8 * STOP)
+        int64_at(member_words(team, member))[WAITS] += late
 
 
 @njit(cache=True)
 def _execute(team, member, operations, count):
-    table = int64s(operations)
+    table = int64_at(operations)
     for i in range(count):
         call(table[2 * i], member, table[2 * i + 1])
         barrier(team, member)
@@ -137,12 +137,12 @@ def _execute(team, member, operations, count):
 def run(team, operations, count, status):
     """Runs a program as member 0 of a team: ``count`` operations, pairs of (function, record). Returns the number of the first
     operation whose word of ``status`` is set afterwards, or -1."""
-    shared = int64s(team)
+    shared = int64_at(team)
     if shared[THREADS] > 1:
         shared[OPERATIONS], shared[COUNT] = operations, count
         atomic_add(team + 8 * GENERATION, 1)
     _execute(team, 0, operations, count)
-    flags = int64s(status)
+    flags = int64_at(status)
     for i in range(count):
         if flags[i] != 0:
             return i
@@ -152,7 +152,7 @@ def run(team, operations, count, status):
 @njit(cache=True, nogil=True)
 def serve(team, member):
     """Runs what member 0 starts, until the team is stopped."""
-    shared = int64s(team)
+    shared = int64_at(team)
     seen = np.int64(0)
     while True:
         _wait(team + 8 * GENERATION, seen, shared[SPINS], team + 8 * STOP)
@@ -193,7 +193,7 @@ def begin(team, member, work, total):
     With ``steal``, the size of chunks follows what the last loop saw: half of it after a theft, twice of it without. A RANGE is
     always used up in its loop: a member that comes early to the next one must not find anything to steal in it.
     """
-    own, threads = int64s(member_words(team, member)), int64s(team)[THREADS]
+    own, threads = int64_at(member_words(team, member)), int64_at(team)[THREADS]
     own_range = member_words(team, member) + 8 * RANGE
     if work.schedule == NESTED:
         # The outer level: a group's range, dealt out inside it.
@@ -213,13 +213,13 @@ def begin(team, member, work, total):
 def chunk(team, member, work, total):
     """The next tasks of a member, first and last + 1; (0, 0) when there are none left."""
     first, last = _chunk(team, member, work, total)
-    int64s(member_words(team, member))[TASKS] += last > first
+    int64_at(member_words(team, member))[TASKS] += last > first
     return first, last
 
 
 @njit(cache=True)
 def _chunk(team, member, work, total):
-    threads = int64s(team)[THREADS]
+    threads = int64_at(team)[THREADS]
     usual = max(1, total // (threads * work.tasks_per_thread))
     size = min(max(usual, work.min_chunk), work.max_chunk)
     if work.schedule == DYNAMIC or work.schedule == TILED:
@@ -230,7 +230,7 @@ def _chunk(team, member, work, total):
     own = member_words(team, member) + 8 * RANGE
     if work.schedule == NESTED:
         group, _, _ = group_of(member, threads, max(1, min(work.groups, threads)))
-        whole = int64s(member_words(team, member))[GROUP_RANGE]
+        whole = int64_at(member_words(team, member))[GROUP_RANGE]
         first = _first(whole) + atomic_add(team + 8 * (GROUPS + 8 * group), size)
         return (first, min(first + size, _last(whole))) if first < _last(whole) else (0, 0)
     if work.schedule == STEAL:
@@ -256,7 +256,7 @@ def _guided(team, work, total, threads):
 def _own_or_stolen(team, member, threads):
     """A chunk from the front of the own range, or half of what another member has left, from its end."""
     mine = member_words(team, member)
-    own = int64s(mine)
+    own = int64_at(mine)
     while True:
         whole = atomic_load(mine + 8 * RANGE)
         first, last = _first(whole), _last(whole)
