@@ -1,18 +1,16 @@
-"""Every kernel in plain NumPy, written from the rules: same names, signatures and bits as the backends, only slow.
+"""Every kernel in plain NumPy, written from the rules: the same bits as the backends, only slow.
 
 Products and conversions are elementwise over whole arrays, a chain is a Python loop over its terms, and a sum is one of
-integers. ``rows``, the arrays that the caller owns, and the statuses are as in ``cpu``; ``threads`` and ``work`` change
-nothing here. After a status other than ``OK`` the output is not defined, here or there.
+integers. Statuses are as in ``cpu``. After a status other than ``OK`` the output is not defined, here or there.
 """
 
 import numpy as np
 
-from .formats import Blocks
+from .formats import Blocks, Packed
 from .numerics import (
     ATTENTION_BLOCK,
     BLOCK_LIMIT,
     FIXED,
-    GROUP,
     NOT_FINITE,
     OK,
     OUT_OF_RANGE,
@@ -26,10 +24,9 @@ from .numerics import (
 )
 from .sampling import weigh
 
-__all__ = ["attention", "exp", "finish", "finish_add", "float_embedding", "half_bits", "integer_embedding", "matmul",
-           "quantize_rows", "rms_norm", "rope", "sigmoid", "silu_multiply", "store", "to_half", "weigh"]
+__all__ = ["attention", "embedding", "exp", "finish", "half_bits", "matmul", "quantize_rows", "rms_norm", "rope", "sigmoid",
+           "silu_multiply", "store", "to_half", "weigh"]
 
-LANES = 16                      # rows of weights that lie interleaved
 _QUIET = np.errstate(all="ignore")      # infinities and NaN are told by the status
 
 
@@ -44,42 +41,57 @@ def from_fixed(total):
     return (total.astype(np.float64) * UNFIXED).astype(np.float32)
 
 
+def quantize_rows(x, block: int):
+    """Per row and group of 32 k: int8 values rint(x * (127 / amax)) [rows, groups, 32], float32 scales amax / 127 [rows, groups].
+
+    ``block``: k per reduction block, in each of which groups start afresh. Returns (status, values, scales).
+    """
+    groups = Blocks(x.shape[1], block).pad(x)
+    amax = np.abs(groups).max(axis=2)
+    if not np.isfinite(amax).all():
+        return NOT_FINITE, np.zeros(groups.shape, np.int8), np.zeros(amax.shape, np.float32)
+    small = amax < TINY
+    inverse = np.where(small, np.float32(0), np.float32(127) / np.where(small, np.float32(1), amax))
+    return OK, np.rint(groups * inverse[:, :, None]).astype(np.int8), np.where(small, np.float32(0), amax / np.float32(127))
+
+
 @_QUIET
-def matmul(x, x_scales, weights, sums, rows: int, threads: int = 1) -> int:
-    """sums[m, n] = sum over reduction blocks of rint(block value * 2**32): see ``cpu.matmul``."""
-    chains = _integer_chains if hasattr(weights, "factors") else _float_chains
-    sums[:rows], status = 0, OK
-    for chain in chains(x[:rows], x_scales[:rows], weights, sums.shape[1]):
-        fixed, within = to_fixed(chain * weights.row_scales)
-        sums[:rows] += fixed
-        status = status if within.all() else OUT_OF_RANGE
-    return status
+def matmul(x, weights, block: int):
+    """(status, int64 [M, N]): for float32 x [M, K], multiples of 2**-32 that are the sums of rint(block value * 2**32).
+
+    ``weights``: float32 [N, K] or float16 [N, K] in uint16, which x multiplies as it is; or a ``Packed``, and x is quantised.
+    """
+    if isinstance(weights, Packed):
+        status, values, scales = quantize_rows(x, block)
+        chains, row_scales = _integer_chains(values, scales, weights), weights.unpack()[2]
+    else:
+        status, row_scales = OK, np.float32(1)
+        chains = _float_chains(x, _floats(weights), block)
+    sums = np.zeros((len(x), weights.n if isinstance(weights, Packed) else len(weights)), np.int64)
+    for chain in chains:
+        fixed, within = to_fixed(chain * row_scales)
+        sums += fixed
+        status = status if within.all() else status | OUT_OF_RANGE
+    return status, sums
 
 
-def _columns(interleaved, width):
-    """[tiles, columns, 16] to [columns, width]: one row of weights in each column."""
-    return interleaved.transpose(1, 0, 2).reshape(interleaved.shape[1], width)
-
-
-def _float_chains(x, x_scales, weights, width):
-    """The block values, float32 [rows, width], before the row scale; weights are float32, or float16 in uint16."""
-    w = _columns(_floats(weights.values), width)
-    for start in range(0, weights.columns, weights.block):
-        chain = np.zeros((len(x), width), np.float32)
-        for k in range(start, min(start + weights.block, weights.columns)):
-            chain = fma(w[k], x[:, k, None], chain)
+def _float_chains(x, w, block):
+    """The block values, float32 [M, N], before the row scale."""
+    for start in range(0, w.shape[1], block):
+        chain = np.zeros((len(x), len(w)), np.float32)
+        for k in range(start, min(start + block, w.shape[1])):
+            chain = fma(w[:, k], x[:, k, None], chain)
         yield chain
 
 
-def _integer_chains(x, x_scales, weights, width):
+def _integer_chains(x, x_scales, weights):
     """As ``_float_chains``, over groups with exact dot products."""
-    w, factors = _columns(weights.values, width).astype(np.int64), _columns(weights.factors, width)
-    for start in range(0, weights.groups, weights.groups_per_block):
-        chain = np.zeros((len(x), width), np.float32)
-        for group in range(start, min(start + weights.groups_per_block, weights.groups)):
-            k = slice(group * GROUP, (group + 1) * GROUP)
-            dots = x[:, k].astype(np.int64) @ w[k]
-            chain = fma(dots.astype(np.float32), factors[group] * x_scales[:, group, None], chain)
+    values, factors, _ = weights.unpack()
+    for start in range(0, weights.blocks.groups, weights.blocks.groups_per_block):
+        chain = np.zeros((len(x), weights.n), np.float32)
+        for group in range(start, min(start + weights.blocks.groups_per_block, weights.blocks.groups)):
+            dots = x[:, group].astype(np.int64) @ values[:, group].T.astype(np.int64)
+            chain = fma(dots.astype(np.float32), factors[:, group] * x_scales[:, group, None], chain)
         yield chain
 
 
@@ -160,39 +172,16 @@ def rms_norm(x, weight, eps, out, rows: int) -> int:
     return OK
 
 
-def quantize_rows(x, block: int, out, scales, rows: int) -> int:
-    """Per row and group of 32 k: out = rint(x * (127 / amax)), scale = amax / 127: see ``cpu.elementwise``."""
-    groups = Blocks(x.shape[1], block).pad(x[:rows])
-    amax = np.abs(groups).max(axis=2)
-    if not np.isfinite(amax).all():
-        return NOT_FINITE
-    small = amax < TINY
-    inverse = np.where(small, np.float32(0), np.float32(127) / np.where(small, np.float32(1), amax))
-    out[:rows] = np.rint(groups * inverse[:, :, None]).reshape(rows, -1)
-    scales[:rows] = np.where(small, np.float32(0), amax / np.float32(127))
-    return OK
+def finish(sums, bias=None):
+    """(status, y) with y = float32(sums * 2**-32) + bias for int64 [M, N]."""
+    y = from_fixed(sums)
+    status = OK if (np.abs(y) < OUTPUT_LIMIT).all() else OUT_OF_RANGE
+    return status, y if bias is None else y + bias
 
 
-def finish(sums, bias, out, rows: int) -> int:
-    """out[r, n] = float32(sums[r, n] * 2**-32) + bias[n]; ``bias`` may be empty: see ``cpu.elementwise``."""
-    y = from_fixed(sums[:rows, : out.shape[1]])
-    out[:rows] = y + bias if len(bias) else y
-    return OK if (np.abs(y) < OUTPUT_LIMIT).all() else OUT_OF_RANGE
-
-
-def finish_add(sums, bias, out, rows: int) -> int:
-    """out[r, n] += float32(sums[r, n] * 2**-32) + bias[n]; ``bias`` may be empty: see ``cpu.elementwise``."""
-    y = np.empty((rows, out.shape[1]), np.float32)
-    status = finish(sums, bias, y, rows)
-    out[:rows] += y
-    return status
-
-
-def silu_multiply(gate, up, out, rows: int) -> int:
-    """out = (gate * sigmoid(gate)) * up, float32 [rows, n]."""
-    g = gate[:rows]
-    out[:rows] = g * sigmoid(g) * up[:rows]
-    return OK
+def silu_multiply(gate, up):
+    """(gate * sigmoid(gate)) * up, float32."""
+    return gate * sigmoid(gate) * up
 
 
 def rope(x, cosines, sines, positions, rows: int) -> int:
@@ -218,25 +207,8 @@ def to_half(x, out, rows: int) -> int:
     return OK if np.isfinite(out[:rows].view(np.float16)).all() else OUT_OF_RANGE
 
 
-def float_embedding(values, columns: int, tokens, first: int, rows_held: int, out, rows: int) -> int:
-    """out[r] = row tokens[r] of a float table held from row ``first`` on; zeros where the token lies elsewhere.
-
-    The table is float32, or float16 in uint16.
-    """
-    for r in range(rows):
-        tile, lane = divmod(tokens[r] - first, LANES)
-        out[r] = _floats(values[tile, :columns, lane]) if 0 <= tokens[r] - first < rows_held else 0
-    return OK
-
-
-def integer_embedding(values, factors, row_scales, columns: int, tokens, first: int, rows_held: int, out,
-                      rows: int) -> int:
-    """As ``float_embedding`` for quantised rows: (value * factor) * row scale."""
-    for r in range(rows):
-        row = tokens[r] - first
-        tile, lane = divmod(row, LANES)
-        out[r] = 0
-        if 0 <= row < rows_held:
-            factor = factors[tile, :, lane].repeat(GROUP)[:columns]
-            out[r] = values[tile, :columns, lane].astype(np.float32) * factor * row_scales[row]
-    return OK
+def embedding(table, tokens, first: int, held: int):
+    """float32 [M, K]: row tokens[r] of a table, as float32; zeros where it is not among ``held`` rows from ``first`` on."""
+    values = table.dequantize() if isinstance(table, Packed) else _floats(table)
+    here = (first <= tokens) & (tokens < first + held)
+    return np.where(here[:, None], values[np.where(here, tokens, 0)], np.float32(0))

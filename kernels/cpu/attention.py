@@ -11,7 +11,7 @@ What all of them see is loaded once for all; the few positions that only some ro
 """
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 from numba.extending import intrinsic
 
 from ..numerics import ATTENTION_BLOCK, FIXED, OK, OUT_OF_RANGE, PAGE, UNFIXED
@@ -20,6 +20,7 @@ from .activations import activation_at
 from .elementwise import quantize_group, rms_norm
 from .functions import exp, half_bits
 from .memory import atomic_or, float32_at, float64_at, int32_at, int64_at, record, record_pointer, uint16_at
+from .operation import operation
 from .simd import fma_scalar, rint
 from .simd_attention import merge_blocks, score_pages, shifted, weigh_scores, weigh_values
 from .team import SCRATCH, begin, chunk, member_words, work_at
@@ -39,8 +40,7 @@ STORE = record("team", "status", "work", "rows", "q", "k", "v", "q_stride", "k_s
 # head; window: visible positions, 0 for all; run_count: an int64; scale: a float32; target: a record ACTIVATION; scratch: bytes
 # into the member's scratch.
 ATTENTION = record("team", "status", "work", "runs", "run_count", "q", "q_stride", "keys", "values", "pages", "pages_stride",
-                   "sequences", "positions", "head_starts", "kv_heads", "head_dim", "window", "scale", "half", "target",
-                   "scratch")
+                   "sequences", "positions", "head_starts", "kv_heads", "head_dim", "window", "scale", "target", "scratch")
 
 
 @intrinsic
@@ -120,7 +120,7 @@ def _store_head(op, row, kv_head, k, v):
     return OK
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def store_operation(member, where):
     """Norm and RoPE of every row's queries and keys; keys and values to their pages. Tasks: rows x (query and KV heads)."""
     op = carray(_store_at(where), 1)[0]
@@ -215,7 +215,8 @@ def _block(op, pools, table, ahead, position, rows, heads, width, block, queries
     for r in range(rows):
         first, last = _visible(position + r, window, block)
         _weigh(pools, table, ahead, block, r * heads, heads, width, first, min(last, low), scores, chains)
-    _weigh(pools, table, ahead, block, 0, count, width, low, high, scores, chains)
+    # Not a bare 0: Numba would compile the function again for a literal.
+    _weigh(pools, table, ahead, block, np.int64(0), count, width, low, high, scores, chains)
     for r in range(rows):
         first, last = _visible(position + r, window, block)
         _weigh(pools, table, ahead, block, r * heads, heads, width, max(first, high), last, scores, chains)
@@ -281,10 +282,9 @@ def _run(op, keys, values, target, run, kv_head, scratch):
     return status
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
-def attention_operation(member, where):
+@njit(cache=True)
+def _attention(member, op, keys, values):
     """out = softmax(q keys * scale) values over the positions visible to each row, quantised too. Tasks: runs x KV heads."""
-    op = carray(_attention_at(where), 1)[0]
     target, work = carray(activation_at(op.target), 1)[0], carray(work_at(op.work), 1)[0]
     scratch = int64_at(member_words(op.team, member))[SCRATCH] + op.scratch
     total, status = int64_at(op.run_count)[0] * op.kv_heads, 0
@@ -292,11 +292,21 @@ def attention_operation(member, where):
     first, last = chunk(op.team, member, work, total)
     while last > first:
         for task in range(first, last):
-            run, kv_head = task // op.kv_heads, task % op.kv_heads
-            if op.half:
-                status |= _run(op, uint16_at(op.keys), uint16_at(op.values), target, run, kv_head, scratch)
-            else:
-                status |= _run(op, float32_at(op.keys), float32_at(op.values), target, run, kv_head, scratch)
+            status |= _run(op, keys, values, target, task // op.kv_heads, task % op.kv_heads, scratch)
         first, last = chunk(op.team, member, work, total)
     if status:
         atomic_or(op.status, status)
+
+
+@operation
+def attention_operation(member, where):
+    """Attention over pools of float16 bits."""
+    op = carray(_attention_at(where), 1)[0]
+    _attention(member, op, uint16_at(op.keys), uint16_at(op.values))
+
+
+@operation
+def float32_attention_operation(member, where):
+    """Attention over float32 pools."""
+    op = carray(_attention_at(where), 1)[0]
+    _attention(member, op, float32_at(op.keys), float32_at(op.values))

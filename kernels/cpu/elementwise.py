@@ -4,7 +4,7 @@ Reductions over a row are integer maxima or fixed-point integer sums.
 """
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 from numba.extending import intrinsic
 
 from ..numerics import FIXED, GROUP, INFINITY_BITS, NOT_FINITE, OK, OUT_OF_RANGE, OUTPUT_LIMIT, TINY, UNFIXED
@@ -22,6 +22,7 @@ from .memory import (
     record_pointer,
     uint16_at,
 )
+from .operation import operation
 from .simd import float_from_bits, rint
 from .team import begin, chunk, work_at
 
@@ -123,7 +124,7 @@ def groups_of(target):
     return whole * target.per_block + (rest + GROUP - 1) // GROUP
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def norm_operation(member, where):
     """RMS norm of rows of the residual (all, or the ``selected`` ones), then their quantised form."""
     op = carray(_norm_at(where), 1)[0]
@@ -144,7 +145,7 @@ def norm_operation(member, where):
         atomic_or(op.status, status)
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def quantize_operation(member, where):
     """Quantises the rows of ``target`` of a record NORM, which are float32 already."""
     op = carray(_norm_at(where), 1)[0]
@@ -179,7 +180,7 @@ def _quantized_row(op, row, out):
             out[group * GROUP + i] = np.float32(value) * factor
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def embedding_operation(member, where):
     """out[r] = row tokens[r] of a table of which ``held`` rows from ``first`` on are here; zeros where the token lies elsewhere."""
     op = carray(_embedding_at(where), 1)[0]
@@ -204,7 +205,7 @@ def embedding_operation(member, where):
 
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def finish_operation(member, where):
     """residual += float32(sums * 2**-32) + bias: the end of a product whose sums came from several ranks, [rows, columns]."""
     op = carray(_finish_at(where), 1)[0]

@@ -8,6 +8,7 @@ Weights are decoded in registers, in the order in which they stream from memory,
 eight tokens: one lookup serves eight dot products then, and nothing is written back.
 """
 
+import numpy as np
 from numba import njit
 
 from ..numerics import GROUP
@@ -18,8 +19,8 @@ LANES = simd.LANES
 WIDTH = 2 * LANES               # rows of a panel
 UNIT = int8.UNIT                # groups of a unit
 UNIT_BYTES = UNIT * GROUP
-# Register tiles: tokens whose counts and chains fit into 32 registers, or into 16.
-WIDE, MIDDLE = (8, 4) if target.vector_bits() == 512 else (2, 2)
+# Register tiles: tokens whose counts, nearly with their chains, fit into 32 registers of 16 rows, or 16 of 8 or of 4.
+WIDE, MIDDLE = {512: (8, 4), 256: (4, 2)}.get(target.vector_bits(), (2, 2))
 AHEAD_ONE, AHEAD_MANY = 7680, 12288             # bytes to prefetch ahead of the weights in use
 
 
@@ -80,7 +81,8 @@ def integer_tile(kind, data, at, table, groups, per_block, x, x_scales, correcti
 
     The weights that are read next follow until data[end], and go on ``jump`` bytes behind it.
     """
-    token, ahead = 0, AHEAD_ONE if rows < WIDE else AHEAD_MANY
+    # Not a bare 0: Numba would compile a register tile for a literal first, and then again.
+    token, ahead = np.int64(0), AHEAD_ONE if rows < WIDE else AHEAD_MANY
     while token + WIDE <= rows:
         largest = _register_tile(kind, simd.tile_zeros(WIDE), data, at, table, groups, per_block, x, x_scales, corrections, capacity,
                                  base, token, scales, totals, column, ahead, end, jump, largest)

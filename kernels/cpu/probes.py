@@ -4,12 +4,13 @@ Both are operations of a program, so that they run on the very threads of the pr
 """
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 from numba.extending import intrinsic
 
 from . import simd
 from . import simd_int8 as int8
 from .memory import aligned, float32_at, int8_at, int32_at, int64_at, record, record_pointer
+from .operation import operation
 from .program import Program
 from .team import THREADS
 from .workers import ONE_TASK, Pool
@@ -31,7 +32,7 @@ def _sum(words, count):
     return total
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def read_operation(member, where):
     """Reads ``count`` int64 once, a range for each member."""
     op = carray(_probe_at(where), 1)[0]
@@ -40,7 +41,7 @@ def read_operation(member, where):
     int64_at(op.out)[8 * member] = _sum(carray(int64_at(op.data + 8 * first), last - first), last - first)
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def dots_operation(member, where):
     """``count`` times 64 dot products of 64 int8 in registers, on every member."""
     op = carray(_probe_at(where), 1)[0]
@@ -53,7 +54,7 @@ def dots_operation(member, where):
     simd.store(float32_at(op.out), 16 * member, simd.tile_sum(chain))
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def fmas_operation(member, where):
     """``count`` times 8 multiply-adds of 16 float32 in registers, on every member."""
     op = carray(_probe_at(where), 1)[0]

@@ -5,7 +5,7 @@ out panels of 32 rows. A product may have several parts (q, k and v; gate and up
 """
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 from numba.extending import intrinsic, overload
 
 from ..numerics import BLOCK_LIMIT, FIXED, OUT_OF_RANGE, OUTPUT_LIMIT, UNFIXED
@@ -23,6 +23,7 @@ from .memory import (
     record,
     record_pointer,
 )
+from .operation import operation
 from .panels import LANES, WIDE, WIDTH, integer_tile
 from .panels_float import float_panel
 from .places import cache_sizes
@@ -276,7 +277,8 @@ def _product(kind, member, where):
                                  min((strip + 1) * tall, rows), scratch)
         else:
             for start in range(first, last, op.block_panels):
-                status |= _block(kind, op, activation, parts, start, min(start + op.block_panels, last), 0, rows, scratch)
+                # Not a bare 0: Numba would compile the function again for a literal.
+                status |= _block(kind, op, activation, parts, start, min(start + op.block_panels, last), np.int64(0), rows, scratch)
         first, last = chunk(op.team, member, work, bands * strips)
     if status:
         atomic_or(op.status, status)
@@ -292,37 +294,37 @@ def _block(kind, op, activation, parts, first, last, start, stop, scratch):
     return status
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def codes_product(member, where):
     """Products of weights of the kind ``codes``."""
     _product(int8.kind("codes"), member, where)
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def bytes_product(member, where):
     """Products of weights of the kind ``bytes``."""
     _product(int8.kind("bytes"), member, where)
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def halves_product(member, where):
     """Products of weights of the kind ``halves``."""
     _product(int8.kind("halves"), member, where)
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def nibble_product(member, where):
     """Products of weights of the kind ``nibble``."""
     _product(int8.kind("nibble"), member, where)
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def float32_product(member, where):
     """Products of float32 weights; activations are not quantised."""
     _product(int8.kind("f32"), member, where)
 
 
-@cfunc(types.void(types.intp, types.intp), cache=True)
+@operation
 def float16_product(member, where):
     """Products of float16 weights; activations are not quantised."""
     _product(int8.kind("f16"), member, where)

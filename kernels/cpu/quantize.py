@@ -95,6 +95,8 @@ def quantize_f16(w, threads: int = 1) -> np.ndarray:
 def cell_sums(v, weights, codebook, threads: int = 1) -> np.ndarray:
     """int64 [128, 4] sums over the pairs that choose each codebook entry; see ``reference_quantize.cell_sums``."""
     parts = np.zeros((-(-len(v) // loops.CHUNK), CODEBOOK_SIZE, 4), np.int64)
+    # One memory layout of the arguments, so that Numba compiles once.
+    v, weights = np.ascontiguousarray(v), np.ascontiguousarray(weights)
     _run(loops.sums_serial, loops.sums_parallel, threads, v, weights, *_tables(codebook.tobytes()), INVERSES, SQUARES,
          parts)
     return parts.sum(axis=0)

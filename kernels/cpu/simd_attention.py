@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from ..numerics import ATTENTION_BLOCK, BLOCK_LIMIT, EXP_COEFFICIENTS, EXP_LOWEST, LN2_HIGH, LN2_LOW, LOG2E, PAGE, UNFIXED
 from . import target
 from .simd import _F32, _I8, _I32, _I64, _VF, LANES, _declare, _fma, _load, _loop, _splat, _vector_at
-from .simd_int8 import _lanes, _vectors
+from .simd_dots import _lanes, _vectors
 
 # Queries of a register tile, and how many vectors of keys or values meet each of them: chains that fit the registers beside the
 # vectors, and enough of them to hide the latency of a multiply-add.

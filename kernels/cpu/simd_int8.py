@@ -1,10 +1,10 @@
 """Weights as bytes, and exact int8 dot products: sixteen rows at a time, for a few tokens, on any target.
 
-``bytes64`` is 64 bytes: four k of each of 16 rows. ``Counts`` is sixteen int32 for each of a few tokens. A dot product multiplies
-unsigned weights by signed activations and adds to the counts, which start at the correction for the weights' offset.
+``bytes64`` is 64 bytes: four k of each of 16 rows. ``Counts`` is sixteen int32 for each of a few tokens. A dot product (``simd_dots``)
+multiplies unsigned weights by signed activations and adds to the counts, which start at the correction for the weights' offset.
 
-A ``Kind`` says how weights lie in memory. Two neighbouring groups of 32 k of 16 rows are a pair of groups; a line of 64 bytes holds
-the factors of the pairs behind it:
+A ``Kind`` says how weights lie in memory. Two neighbouring groups of 32 k of 16 rows are a pair of groups; a line of 64 bytes
+holds the factors of the pairs behind it:
 
 =========  =====================  ======================================================================================
 kind       a pair of groups       line of factors
@@ -15,9 +15,9 @@ kind       a pair of groups       line of factors
 ``nibble`` 8 x 64 bytes           likewise
 =========  =====================  ======================================================================================
 
-Byte i of vector j < 7 of ``codes`` holds a 7-bit code, and in its highest bit bit j of code i of an eighth vector. A code stands for
-two weights: vectors 0 to 3 are the first group, 4 to 7 the second. In a ``nibble`` byte the low four bits belong to an even step.
-Weights of a group take part in eight steps of four k: ``PAIR_ORDER`` in every eight k.
+Byte i of vector j < 7 of ``codes`` holds a 7-bit code, and in its highest bit bit j of code i of an eighth vector. A code stands
+for two weights: vectors 0 to 3 are the first group, 4 to 7 the second. In a ``nibble`` byte the low four bits belong to an even
+step. Weights of a group take part in eight steps of four k: ``PAIR_ORDER`` in every eight k.
 """
 
 from llvmlite import ir
@@ -26,7 +26,7 @@ from numba.extending import intrinsic, models, register_model
 
 from ..formats import FACTORS
 from ..numerics import GROUP, INFINITY_BITS, TINY, UNFIXED
-from . import target
+from . import simd_dots, target
 from .simd import (
     _F32,
     _I8,
@@ -42,17 +42,17 @@ from .simd import (
     _element,
     _fma,
     _half_to_float,
+    _loop,
     _pointer,
     _splat,
     _vector_at,
     vector,
 )
+from .simd_dots import _VB, BYTES, _joined, _vectors
 
-BYTES = 64
 PAIR_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 STEPS = GROUP // 4              # dot products of four k in a group
 UNIT = 8                        # groups whose activations lie together
-_VB = ir.VectorType(_I8, BYTES)
 
 
 class Bytes(types.Type):
@@ -83,13 +83,19 @@ class Kind(types.Type):
         """Whether factors are indices into FACTORS."""
         return self.line_pairs == 4
 
+    @property
+    def nibbles(self) -> bool:
+        """Whether stored weights are below 16."""
+        return self.shift == 4
+
     def tile_bytes(self, groups: int) -> int:
         """Bytes of 16 rows of so many groups."""
         pairs = -(-groups // 2)
         return (pairs * self.vectors + -(-pairs // self.line_pairs)) * BYTES
 
 
-KINDS = {kind.layout: kind for kind in (Kind("codes", 7, 4), Kind("bytes", 16, 4), Kind("halves", 16, 1), Kind("nibble", 8, 1, 4))}
+KINDS = {kind.layout: kind for kind in (
+    Kind("codes", 7, 4), Kind("bytes", 16, 4), Kind("halves", 16, 1), Kind("nibble", 8, 1, 4))}
 
 
 class FloatKind(types.Type):
@@ -104,10 +110,10 @@ FLOAT_KINDS = {kind.layout: kind for kind in (FloatKind("f32", types.float32), F
 
 
 class Raw(types.Type):
-    """Weights of a pair of groups of 16 rows as they lie in memory; of ``codes``, with the eighth vector."""
+    """Weights of a pair of groups of 16 rows: of ``codes`` eight vectors, of other kinds their place in memory."""
 
     def __init__(self, kind: Kind):
-        self.kind, self.vectors = kind, 8 if kind.layout == "codes" else kind.vectors
+        self.kind = kind
         super().__init__(name=f"raw({kind.layout})")
 
 
@@ -133,7 +139,7 @@ class _KindModel(models.PrimitiveModel):
 @register_model(Raw)
 class _RawModel(models.PrimitiveModel):
     def __init__(self, manager, fe_type):
-        super().__init__(manager, fe_type, ir.ArrayType(_VB, fe_type.vectors))
+        super().__init__(manager, fe_type, ir.ArrayType(_VB, 8) if fe_type.kind.layout == "codes" else _I8.as_pointer())
 
 
 bytes64 = Bytes()
@@ -147,28 +153,6 @@ def _splat32(builder, scalar):
 
 def _bytes_of(value):
     return ir.Constant(_VB, [value] * BYTES)
-
-
-def _lanes(*limits):
-    """A mask of lane numbers: those of range(*limits)."""
-    numbers = list(range(*limits))
-    return ir.Constant(ir.VectorType(_I32, len(numbers)), numbers)
-
-
-def _vectors(builder, value, llvm_vector, parts):
-    """``value`` cut into ``parts`` equal vectors."""
-    lanes = llvm_vector.count // parts
-    undefined = ir.Constant(llvm_vector, ir.Undefined)
-    return [builder.shuffle_vector(value, undefined, _lanes(p * lanes, (p + 1) * lanes))
-            for p in range(parts)]
-
-
-def _joined(builder, parts):
-    """The inverse of ``_vectors``: a power of two of vectors as one."""
-    while len(parts) > 1:
-        lanes = parts[0].type.count
-        parts = [builder.shuffle_vector(a, b, _lanes(0, 2 * lanes)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
 
 
 @intrinsic
@@ -229,25 +213,23 @@ def load_raw(typing_context, kind, array, index, ahead):
     raw = Raw(kind)
     def codegen(context, builder, signature, arguments):
         _, array_value, index, ahead = arguments
-        result = ir.Constant(context.get_value_type(raw), ir.Undefined)
-        eighth = None
         later = builder.add(index, ahead)
-        _prefetch(context, builder, array, array_value, builder.sub(later, ir.Constant(index.type, BYTES)))
+        for j in range(-1, kind.vectors):
+            _prefetch(context, builder, array, array_value, builder.add(later, ir.Constant(index.type, j * BYTES)))
+        if kind.layout != "codes":
+            return _pointer(context, builder, array, array_value, index)
+        result, eighth = ir.Constant(context.get_value_type(raw), ir.Undefined), None
         high, words = _bytes_of(0x80), ir.VectorType(_I64, 8)
         for j in range(kind.vectors):
             at = builder.add(index, ir.Constant(index.type, j * BYTES))
             value = _load_at(context, builder, array, array_value, at, BYTES)
-            _prefetch(context, builder, array, array_value, builder.add(later, ir.Constant(index.type, j * BYTES)))
             result = builder.insert_value(result, value, j)
-            if kind.layout == "codes":
-                bits = builder.and_(value, high)
-                if eighth is not None:
-                    # A bit moves to the next lower place; the lowest, which would fall into the neighbouring byte, is still zero.
-                    eighth = _shift_right(builder, eighth, 1, words)
-                eighth = bits if eighth is None else builder.or_(eighth, bits)
-        if kind.layout == "codes":
-            result = builder.insert_value(result, _shift_right(builder, eighth, 1, words), 7)
-        return result
+            bits = builder.and_(value, high)
+            if eighth is not None:
+                # A bit moves to the next lower place; the lowest, which would fall into the neighbouring byte, is still zero.
+                eighth = _shift_right(builder, eighth, 1, words)
+            eighth = bits if eighth is None else builder.or_(eighth, bits)
+        return builder.insert_value(result, _shift_right(builder, eighth, 1, words), 7)
     return raw(kind, array, types.intp, types.intp), codegen
 
 
@@ -259,29 +241,34 @@ def _prefetch(context, builder, array_type, array, index, write=0):
 
 def _shift_right(builder, value, count, words):
     shifted = builder.lshr(builder.bitcast(value, words), ir.Constant(words, [count] * words.count))
-    return builder.bitcast(shifted, _VB)
+    return builder.bitcast(shifted, value.type)
 
 
 def _look_up(builder, table, codes):
     """Byte codes[i] & 127 of a table of two vectors (VBMI)."""
-    if target.kernels() != "vbmi":
-        # The product of ``codes`` is compiled on every target, and never called on this one.
-        builder.call(_declare(builder, "llvm.trap", ir.VoidType(), []), [])
-        return codes
     function = _declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _VB, [_VB] * 3)
     return builder.call(function, [table[0], codes, table[1]])
 
 
-def _weights(builder, kind, raw, table, half, step):
-    """The unsigned weights of a step of one group of a pair; ``table``: four vectors."""
+def _weights(builder, kind, raw, table, half, number, odd, method):
+    """The unsigned weights of step 2 * number + odd of one group of a pair, in the parts that ``method`` works on.
+
+    ``table``: four vectors. ``number`` is a constant for ``codes``.
+    """
     if kind.layout == "codes":
-        codes = builder.extract_value(raw, 4 * half + step // 2)
-        return _look_up(builder, table[2 * (step % 2) : 2 * (step % 2) + 2], codes)
-    if kind.layout == "nibble":
-        both = builder.extract_value(raw, 4 * half + step // 2)
-        both = _shift_right(builder, both, 4, ir.VectorType(_I64, 8)) if step % 2 else both
-        return builder.and_(both, _bytes_of(15))
-    return builder.extract_value(raw, STEPS * half + step)
+        codes = builder.extract_value(raw, STEPS // 2 * half + number.constant)
+        return [_look_up(builder, table[2 * odd : 2 * odd + 2], codes)]
+    size, together = BYTES // method.parts, BYTES if kind.nibbles else 2 * BYTES
+    first = STEPS // 2 * half * together + (0 if kind.nibbles else odd * BYTES)
+    parts = []
+    for part in range(method.parts):
+        at = builder.add(builder.mul(number, ir.Constant(_I64, together)), ir.Constant(_I64, first + part * size))
+        stored = _vector_at(builder, builder.gep(raw, [at]), method.bytes, size)
+        if kind.nibbles:
+            stored = _shift_right(builder, stored, 4, method.words) if odd else stored
+            stored = builder.and_(stored, ir.Constant(method.bytes, [15] * size))
+        parts.append(stored)
+    return parts
 
 
 class Table(types.Type):
@@ -318,64 +305,17 @@ def _table(builder, table):
     return [builder.extract_value(table, i) for i in range(4)]
 
 
-def _dot(builder, counts, weights, spread):
-    """counts + the dot products of four unsigned bytes with four signed ones in each of sixteen lanes."""
-    name = target.kernels()
-    if name in ("vbmi", "vnni"):
-        return builder.call(_declare(builder, "llvm.x86.avx512.vpdpbusd.512", _V32, [_V32, _VB, _VB]), [counts, weights, spread])
-    if name == "avxvnni":
-        word, byte = ir.VectorType(_I32, 8), ir.VectorType(_I8, 32)
-        # Names without a type of bytes became the rule in LLVM 21; both are understood up to there.
-        function = _declare(builder, "llvm.x86.avx512.vpdpbusd.256", word, [word, byte, byte])
-        parts = zip(_vectors(builder, counts, _V32, 2), _vectors(builder, weights, _VB, 2), _vectors(builder, spread, _VB, 2),
-                    strict=True)
-        return _joined(builder, [builder.call(function, list(part)) for part in parts])
-    return _dot_through_words(builder, counts, weights, spread)
-
-
-def _dot_through_words(builder, counts, weights, spread):
-    """As ``_dot``: even and odd bytes become 16-bit words, of which two neighbours are multiplied and added."""
-    words, eight = ir.VectorType(_I16, 32), ir.Constant(ir.VectorType(_I16, 32), [8] * 32)
-    weights, spread = builder.bitcast(weights, words), builder.bitcast(spread, words)
-    unsigned = builder.and_(weights, ir.Constant(words, [255] * 32)), builder.lshr(weights, eight)
-    signed = builder.ashr(builder.shl(spread, eight), eight), builder.ashr(spread, eight)
-    for a, b in zip(unsigned, signed, strict=True):
-        counts = builder.add(counts, _multiply_add_pairs(builder, a, b))
-    return counts
-
-
-def _multiply_add_pairs(builder, a, b):
-    """int32 x 16: sums of two neighbouring products of int16."""
-    bits = target.vector_bits()
-    words = ir.VectorType(_I16, 32)
-    if not target.is_x86():
-        wide = ir.VectorType(_I32, 32)
-        products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-        undefined = ir.Constant(wide, ir.Undefined)
-        even, odd = (builder.shuffle_vector(products, undefined, _lanes(first, 32, 2)) for first in (0, 1))
-        return builder.add(even, odd)
-    name = {512: "llvm.x86.avx512.pmaddw.d.512", 256: "llvm.x86.avx2.pmadd.wd", 128: "llvm.x86.sse2.pmadd.wd"}[bits]
-    parts = 512 // bits
-    short, long = ir.VectorType(_I16, 32 // parts), ir.VectorType(_I32, 16 // parts)
-    function = _declare(builder, name, long, [short, short])
-    pieces = zip(_vectors(builder, a, words, parts), _vectors(builder, b, words, parts), strict=True)
-    return _joined(builder, [builder.call(function, list(piece)) for piece in pieces])
-
-
-def _spread_four(context, builder, x, values, offset, stride, token):
-    """The four bytes at x[offset + token * stride], sixteen times."""
-    pointer = _element(context, builder, x, values, offset, stride, token)
-    four = builder.load(builder.bitcast(pointer, _I32.as_pointer()))
-    four.align = 4
-    return builder.bitcast(_splat32(builder, four), _VB)
-
-
 @intrinsic
 def counts_start(typing_context, kind, tile, corrections, offset, stride):
-    """Counts for the tokens of ``tile``: corrections[offset + t * stride] in every lane, which are -128 * the sum of x."""
+    """Counts for the tokens of ``tile``: what makes up for the weights' offset.
+
+    That is corrections[offset + t * stride] in every lane, -128 * the sum of x; nothing where weights are multiplied as signed.
+    """
     counts = Counts(tile.tokens)
     def codegen(context, builder, signature, arguments):
         _, _, array, offset, stride = arguments
+        if simd_dots.best(kind.nibbles).signed:
+            return ir.Constant(context.get_value_type(counts), [[0] * LANES] * tile.tokens)
         result = ir.Constant(context.get_value_type(counts), ir.Undefined)
         for t in range(counts.tokens):
             start = builder.load(_element(context, builder, corrections, array, offset, stride, t))
@@ -396,17 +336,40 @@ def dots(typing_context, kind, counts, raw, half, table, x, offset, stride):
     group = half.literal_value
     def codegen(context, builder, signature, arguments):
         _, result, raw, _, table, values, offset, stride = arguments
-        chosen = _table(builder, table)
-        sums = [builder.extract_value(result, t) for t in range(counts.tokens)]
-        for step in range(STEPS):
-            weights = _weights(builder, kind, raw, chosen, group, step)
-            at = builder.add(offset, ir.Constant(offset.type, 4 * step))
-            for t in range(counts.tokens):
-                sums[t] = _dot(builder, sums[t], weights, _spread_four(context, builder, x, values, at, stride, t))
+        chosen, method = _table(builder, table), simd_dots.best(kind.nibbles)
+        starts = [_vectors(builder, builder.extract_value(result, t), _V32, method.parts) for t in range(counts.tokens)]
+        def two_steps(number, sums):
+            sums = list(sums)
+            for odd in range(2):
+                at = builder.add(offset, builder.add(builder.mul(number, ir.Constant(_I64, 8)), ir.Constant(_I64, 4 * odd)))
+                parts = _weights(builder, kind, raw, chosen, group, number, odd, method)
+                weights = [method.weights(builder, part) for part in parts]
+                for t in range(counts.tokens):
+                    four = method.activations(builder, _four(context, builder, x, values, at, stride, t))
+                    for i, weight in enumerate(weights, t * method.parts):
+                        sums[i] = method.step(builder, sums[i], weight, four)
+            return sums
+        sums = [method.start(builder, part) for parts in starts for part in parts]
+        if method.parts == 1:
+            for number in range(STEPS // 2):
+                sums = two_steps(ir.Constant(_I64, number), sums)
+        else:
+            # With few registers, a loop: LLVM would order straight code so that it spills.
+            sums = _loop(builder, ir.Constant(_I64, STEPS // 2), sums, two_steps)
         for t in range(counts.tokens):
-            result = builder.insert_value(result, sums[t], t)
+            own = sums[t * method.parts : (t + 1) * method.parts]
+            parts = [method.finish(builder, *pair) for pair in zip(starts[t], own, strict=True)]
+            result = builder.insert_value(result, _joined(builder, parts), t)
         return result
     return counts(kind, counts, raw, half, table_type, x, types.intp, types.intp), codegen
+
+
+def _four(context, builder, x, values, offset, stride, token):
+    """The four bytes at x[offset + token * stride], as an int32."""
+    pointer = _element(context, builder, x, values, offset, stride, token)
+    four = builder.load(builder.bitcast(pointer, _I32.as_pointer()))
+    four.align = 4
+    return four
 
 
 @intrinsic
@@ -458,19 +421,32 @@ def _choose(builder, words):
     if target.vector_bits() == 256:
         eight, index = ir.VectorType(_F32, 8), ir.VectorType(_I32, 8)
         function = _declare(builder, "llvm.x86.avx2.permps", eight, [eight, index])
-        parts = []
+        tables, parts = [ir.Constant(eight, FACTORS[first : first + 8].tolist()) for first in (0, 8)], []
         for part in _vectors(builder, words, _V32, 2):
-            low, high = (builder.call(function, [ir.Constant(eight, FACTORS[first : first + 8].tolist()), part]) for first in (0, 8))
+            low, high = (builder.call(function, [table, part]) for table in tables)
             upper = builder.icmp_unsigned("!=", builder.and_(part, ir.Constant(index, [8] * 8)), ir.Constant(index, [0] * 8))
             parts.append(builder.select(upper, high, low))
         return _joined(builder, parts)
-    # The table's sixteen entries one after the other: compare and choose, without a lookup.
-    places = builder.and_(words, _constant(_V32, 15))
-    result = _constant(_VF, float(FACTORS[0]))
-    for entry in range(1, LANES):
-        here = builder.icmp_signed("==", places, _constant(_V32, entry))
-        result = builder.select(here, _constant(_VF, float(FACTORS[entry])), result)
+    table, result = _factor_table(builder), ir.Constant(_VF, ir.Undefined)
+    places = builder.and_(words, _constant(_V32, LANES - 1))
+    for lane in map(_lane, range(LANES)):
+        entry = builder.gep(table, [_lane(0), builder.extract_element(places, lane)], inbounds=True)
+        result = builder.insert_element(result, builder.load(entry), lane)
     return result
+
+
+def _lane(number):
+    return ir.Constant(_I32, number)
+
+
+def _factor_table(builder):
+    """FACTORS as a constant of the module."""
+    found = builder.module.globals.get("llama_hpc.factors")
+    if found is None:
+        values = ir.Constant(ir.ArrayType(_F32, LANES), FACTORS.tolist())
+        found = ir.GlobalVariable(builder.module, values.type, "llama_hpc.factors")
+        found.initializer, found.global_constant, found.linkage = values, True, "internal"
+    return found
 
 
 @intrinsic
@@ -509,9 +485,8 @@ def quantize_32(typing_context, values, source, x, scales, corrections, at):
             scaled = builder.fmul(part, _splat(builder, inverse))
             whole.append(builder.fptosi(builder.call(_declare(builder, "llvm.rint.v16f32", _VF, [_VF]), [scaled]), _V32))
         total = builder.call(_declare(builder, "llvm.vector.reduce.add.v16i32", _I32, [_V32]), [builder.add(*whole)])
-        order = [i // 8 * 8 + PAIR_ORDER[i % 8] for i in range(GROUP)]
-        short = ir.VectorType(_I8, LANES)
-        mixed = builder.shuffle_vector(*(builder.trunc(part, short) for part in whole), ir.Constant(ir.VectorType(_I32, GROUP), order))
+        order = ir.Constant(ir.VectorType(_I32, GROUP), [i // 8 * 8 + PAIR_ORDER[i % 8] for i in range(GROUP)])
+        mixed = builder.shuffle_vector(*(builder.trunc(part, ir.VectorType(_I8, LANES)) for part in whole), order)
         place = _pointer(context, builder, x, x_, builder.mul(at, ir.Constant(_I64, GROUP)))
         builder.store(mixed, builder.bitcast(place, mixed.type.as_pointer())).align = GROUP
         scale = builder.select(small, plain(0.0), builder.fdiv(amax, plain(127.0)))
@@ -537,8 +512,10 @@ def _rounded(builder, eight):
     if target.vector_bits() == 512:
         convert = _declare(builder, "llvm.x86.avx512.mask.cvtps2qq.512", wide, [eight.type, wide, _I8, _I32])
         return builder.call(convert, [eight, ir.Constant(wide, [0] * 8), ir.Constant(_I8, -1), ir.Constant(_I32, 4)])
-    whole = builder.call(_declare(builder, "llvm.rint.v8f32", eight.type, [eight.type]), [eight])
-    return builder.fptosi(whole, wide)
+    # Added to a float64 of absolute value below 2**51, 1.5 * 2**52 leaves its nearest whole number in the lowest bits.
+    double = ir.VectorType(ir.DoubleType(), LANES // 2)
+    shifted = builder.fadd(builder.fpext(eight, double), ir.Constant(double, [1.5 * 2.0**52] * double.count))
+    return builder.sub(builder.bitcast(shifted, wide), ir.Constant(wide, [0x4338 << 48] * wide.count))
 
 
 @intrinsic

@@ -73,7 +73,7 @@ class WorkDistribution:
     @classmethod
     def for_attention(cls, heads: int, length: int, schedule: str = "dynamic") -> "WorkDistribution":
         """For attention over ``length`` positions: one head at a time, or several where they are short."""
-        smallest = max(1, min(heads, 2048 // max(1, length)))
+        smallest = max(1, min(heads, 256 // max(1, length)))
         return cls(schedule, smallest, max(smallest, heads, 1), numa=NumaHint.local())
 
     def record(self, threads: int, unit: int = 1) -> np.ndarray:

@@ -41,7 +41,8 @@ def main(args: argparse.Namespace) -> int:
     with agreed(comm, "opening the model"):
         checkpoint = open_checkpoint(args.model)
         weights = _format(checkpoint, args.weights)
-    _compile(node, weights, threads)
+    from llama_hpc.engine.warmup import once_per_node, warm_up_quantizing
+    once_per_node(node, lambda: warm_up_quantizing(weights, threads))
     from llama_hpc.weights.store_writer import write_store
     written = write_store(checkpoint, weights, Path(args.output), comm, threads=threads, overwrite=args.overwrite)
     if comm.rank == 0:
@@ -63,30 +64,3 @@ def _format(checkpoint, asked: str | None) -> str:
         raise UsageError(f"model {checkpoint.path} is quantised already, to {checkpoint.weights}: give the model that it was "
                          f"made from ({checkpoint.source})")
     return weights_format(checkpoint, asked)
-
-
-def _compile(node, weights: str, threads: int) -> None:
-    """One rank of each node compiles into the disk cache while the others wait; then all load from there."""
-    from mpi4py import MPI
-
-    from llama_hpc.runtime.abort import agreed
-    for turn in (True, False):
-        if (node.rank == 0) == turn:
-            with agreed(MPI.COMM_SELF, "compiling the kernels"):
-                _warm_up(weights, threads)
-        node.Barrier()
-
-
-def _warm_up(weights: str, threads: int) -> None:
-    import numpy as np
-
-    from llama_hpc.kernels.codebook import fit_codebook
-    from llama_hpc.kernels.cpu.quantize import quantize_q3_5, quantize_q4, quantize_q8, row_maxima
-    from llama_hpc.kernels.formats import Blocks
-    values, blocks = np.ones((2, 32), np.float32), Blocks(32, 32)
-    quantize_q8(values, blocks, threads=threads)
-    if weights == "q4":
-        quantize_q4(values, blocks, threads=threads)
-    if weights == "q3_5":
-        codebook = fit_codebook(values, blocks, threads=threads)
-        quantize_q3_5(values, blocks, codebook, row_maxima(values), threads=threads)

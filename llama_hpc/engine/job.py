@@ -15,7 +15,7 @@ from llama_hpc.engine.layout import auto_grid
 from llama_hpc.engine.prepare import longest, prepare
 from llama_hpc.engine.replica import COUNTERS, FINISHED, TOKENS, BatchPlan, Replica
 from llama_hpc.engine.requests import read_requests
-from llama_hpc.engine.warmup import warm_up
+from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.workers import Pool
@@ -103,13 +103,8 @@ class Job:
                   "s" * (self.threads > 1), kernels(), plan.sequences)
 
     def _compile(self) -> None:
-        """One rank of each node compiles into the disk cache while the others wait; then all load from there."""
         start = time.monotonic()
-        for turn in (True, False):
-            if (self.node.rank == 0) == turn:
-                with agreed(MPI.COMM_SELF, "compiling the kernels"):
-                    warm_up(self.weights, self.pool, MPI.COMM_SELF)
-            self.node.Barrier()
+        once_per_node(self.node, lambda: warm_up(self.weights, self.pool, MPI.COMM_SELF))
         if self.first and time.monotonic() - start > 2:
             _LOG.info("kernels ready after %.1f s", time.monotonic() - start)
 

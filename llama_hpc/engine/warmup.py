@@ -1,15 +1,20 @@
-"""Compiles every kernel that a run needs, on a model of a few weights."""
+"""Compiles every kernel that a command needs, on a model of a few weights."""
+
+from collections.abc import Callable
 
 import numpy as np
+from mpi4py import MPI
 
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.answers import Sampler
 from llama_hpc.engine.sampling_params import SamplingParams
+from llama_hpc.kernels.cpu import elementwise
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.sizes import whole
 from llama_hpc.model.transformer import Batch, TransformerStage
-from llama_hpc.weights.loader import load_stage
+from llama_hpc.runtime.abort import agreed
+from llama_hpc.weights.loader import load_stage, quantize_tensor
 
 
 class _TinyCheckpoint:
@@ -30,12 +35,32 @@ class _TinyCheckpoint:
 
 
 def warm_up(weights_format: str, pool: Pool, solo) -> None:
-    """Compiles, or loads from the disk cache, the kernels for a weight format. ``solo`` is a communicator of one rank."""
+    """Compiles, or loads from the disk cache, what a run needs for a weight format. ``solo`` is a communicator of one rank."""
     checkpoint, reducer = _TinyCheckpoint(), TensorReducer(solo)
     stage, share = whole(checkpoint.config)
     weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=pool.threads)
     model = TransformerStage(checkpoint.config, stage, share, weights, reducer, pool, sequences=1, max_seq_len=16, max_rows=9,
                              max_outputs=1)
+    # One rank alone never sums over a tensor group.
+    _ = elementwise.finish_operation.address
     ids = np.arange(9, dtype=np.int32)
     model.forward(Batch(9, ids, np.zeros(9, np.int32), ids, np.array([8])))
     Sampler(checkpoint.config.vocab_size).draw(model.logits[0], SamplingParams(temperature=1.0), (0, 0), 0)
+
+
+def warm_up_quantizing(weights_format: str, threads: int) -> None:
+    """As ``warm_up``, for what quantising alone needs."""
+    for name in ("embedding", "layers.0.q"):
+        quantize_tensor(_TinyCheckpoint(), name, weights_format, threads=threads)
+
+
+def once_per_node(node: MPI.Comm, compile_all: Callable[[], None]) -> None:
+    """One rank of ``node``, the ranks of a node, compiles into the disk cache while the others wait; then all load from there.
+
+    Collective over ``node``.
+    """
+    for turn in (True, False):
+        if (node.rank == 0) == turn:
+            with agreed(MPI.COMM_SELF, "compiling the kernels"):
+                compile_all()
+        node.Barrier()

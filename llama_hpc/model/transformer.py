@@ -118,8 +118,10 @@ class TransformerStage:
         self.logits = np.zeros((max_outputs if stage.last else 0, len(share.vocabulary)), np.float32)
         if stage.first:
             self._add_embedding()
-        for number, layer in zip(stage.layers, weights.layers, strict=True):
-            ParallelLayer(number, layer, self.buffers).add(self.steps)
+        self.layers = [ParallelLayer(number, layer, self.buffers)
+                       for number, layer in zip(stage.layers, weights.layers, strict=True)]
+        for layer in self.layers:
+            layer.add(self.steps)
         if stage.last:
             self._add_head(max_outputs)
 

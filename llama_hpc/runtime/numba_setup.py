@@ -4,16 +4,18 @@ import hashlib
 import os
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from llama_hpc.errors import UsageError
 
 
 def configure(threads: int) -> None:
-    """Prepares the environment for ``threads`` worker threads. Call before anything imports Numba; no effect later.
+    """Prepares the environment of Numba. Call before anything imports it; no effect later.
 
-    Waiting threads sleep instead of spinning, so that ranks which share cores do not stall each other. Compiled code goes
-    to a folder that is named after what it is made from, below NUMBA_CACHE_DIR or else in one of this user on a node-local disk.
+    Numba's own ``threads`` only run the loops of ``kernels/cpu/quantize_loops``; a model's kernels have their pool. Waiting ones
+    sleep instead of spinning, so that ranks which share cores do not stall each other. Compiled code goes to a folder that is
+    named after what it is made from and for, below NUMBA_CACHE_DIR or else in one of this user on a node-local disk.
     """
     if "numba" in sys.modules:
         return
@@ -46,12 +48,17 @@ def cache_folder() -> Path | None:
 
 
 def _folder_name() -> str:
-    """Changes with any kernel source and with LLAMA_HPC_KERNELS.
+    """Changes with any kernel source, the versions of what compiles it, the processor, and LLAMA_HPC_KERNELS.
 
-    Numba itself tells processors apart, but notices neither that choice nor changes in the modules that a kernel imports.
+    Numba notices neither that choice nor changes in the modules that a kernel imports. Processors it tells apart, but nodes of
+    two kinds that share a folder would write the same index files.
     """
+    from llvmlite import binding
+    name = os.environ.get("NUMBA_CPU_NAME") or binding.get_host_cpu_name()
+    features = os.environ.get("NUMBA_CPU_FEATURES", binding.get_host_cpu_features().flatten())
+    facts = (sys.version, version("numba"), version("llvmlite"), name, features, os.environ.get("LLAMA_HPC_KERNELS", ""))
+    digest = hashlib.sha256(repr(facts).encode())
     folder = Path(__file__).resolve().parent.parent / "kernels"
-    digest = hashlib.sha256(f"{sys.version} {os.environ.get('LLAMA_HPC_KERNELS', '')}".encode())
     for source in sorted(folder.rglob("*.py")):
         digest.update(source.read_bytes())
     return f"numba-{digest.hexdigest()[:16]}"

@@ -104,12 +104,12 @@ class Cache:
             own[:] = 0xFF
         kv_heads = self.key_pool.shape[1]
         head_starts = np.searchsorted(kv_of_head, range(kv_heads + 1)).astype(np.int32)
+        operation = attention.attention_operation if self.dtype == np.uint16 else attention.float32_attention_operation
         status = operate(
-            threads, attention.attention_operation, attention.ATTENTION, runs=runs, run_count=np.array([count]), q=q,
+            threads, operation, attention.ATTENTION, runs=runs, run_count=np.array([count]), q=q,
             q_stride=q.shape[1], keys=self.key_pool, values=self.value_pool, pages=self.pages, pages_stride=self.pages.shape[1],
             sequences=sequences, positions=positions, head_starts=head_starts, kv_heads=kv_heads, head_dim=head_dim,
-            window=window, scale=np.array([head_dim**-0.5], np.float32), half=self.dtype == np.uint16, target=target.record,
-            scratch=128)
+            window=window, scale=np.array([head_dim**-0.5], np.float32), target=target.record, scratch=128)
         return status, target.values
 
 

@@ -97,6 +97,18 @@ def test_a_chosen_instruction_set_has_another_folder(base, monkeypatch):
     assert len(folders) == 3
 
 
+def test_another_processor_or_compiler_has_another_folder(base, monkeypatch):
+    """Nodes that differ may share the disk."""
+    folders = {cache_folder()}
+    monkeypatch.setenv("NUMBA_CPU_NAME", "skylake-avx512")
+    folders.add(cache_folder())
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+avx2")
+    folders.add(cache_folder())
+    monkeypatch.setattr(numba_setup, "version", lambda package: "9.9")
+    folders.add(cache_folder())
+    assert len(folders) == 4
+
+
 def configured(code, **variables):
     """What a fresh process prints after numba_setup.configure(3) and ``code``."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "OMP_", "LLAMA_HPC_"))} | variables

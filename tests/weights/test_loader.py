@@ -6,9 +6,7 @@ from local_ranks import LocalReducer, on_ranks
 from reference_models import write_checkpoint
 
 from llama_hpc.errors import CheckpointError
-from llama_hpc.kernels.numerics import down_block
-from llama_hpc.model.faults import Faults
-from llama_hpc.model.linear import Activation, ColumnParallelLinear
+from llama_hpc.kernels.cpu.calls import matmul
 from llama_hpc.model.shares import TensorShare, stage_shares
 from llama_hpc.model.sizes import whole
 from llama_hpc.weights import loader
@@ -103,28 +101,22 @@ def test_weights_too_large_for_a_quantised_format_are_named_too(checkpoints, wei
     load_all(damaged, "f32")
 
 
-def matrix(linear, columns, block, quantized):
+def matrix(linear, columns):
     """float32 [columns + 1, rows]: the weights of a projection, and its bias, as products with it show them.
 
     A token of 127 at one k and 0 elsewhere has the quantised value 127 and scale 1, so 127 w comes out.
     """
     tokens = np.vstack([np.eye(columns, dtype=np.float32) * 127, np.zeros((1, columns), np.float32)])
-    rows, count = linear.weights.rows, len(tokens)
-    out, faults = np.zeros((count, rows), np.float32), Faults()
-    x = Activation(tokens, block, quantized)
-    assert x.prepare(count) == 0
-    sums = np.zeros(count * (rows + 64), np.int64)
-    ColumnParallelLinear("q", 0, linear, count, 1, faults, sums).forward(x, out, count)
-    assert faults.code == 0
-    return out
+    out = matmul(tokens, linear.weights)
+    return out + linear.bias if linear.bias.size else out
 
 
 def contents(weights, config, share):
     """All that a rank holds, by logical name: matrices as ``matrix`` gives them, vectors as they are."""
-    head_dim, ffn, down = config.head_dim, len(share.ffn), down_block(config.intermediate_size)
-    inputs = {"o": (len(share.query_heads) * head_dim, min(head_dim, 256)), "down": (ffn, down)}
+    head_dim, ffn = config.head_dim, len(share.ffn)
+    inputs = {"o": len(share.query_heads) * head_dim, "down": ffn}
     def show(name, linear):
-        return matrix(linear, *inputs.get(name, (config.hidden_size, 256)), weights.quantized)
+        return matrix(linear, inputs.get(name, config.hidden_size))
     held = {"embedding": show("embedding", weights.embedding), "head": show("head", weights.head),
             "final_norm": weights.final_norm}
     for i, layer in enumerate(weights.layers):
@@ -182,7 +174,8 @@ def test_weights_are_those_of_the_checkpoint(checkpoints, name, weights_format, 
         else:
             values = found[tensor.removeprefix("layers.")].astype(np.float64)
             shown = (values[:-1] - values[-1]).T / 127
-            allowed = 5e-5 if tensor in ("embedding", "head") and weights_format == "q3_5" else error
+            # Of a model in q3_5 the embedding is in q8, a head of its own in q4.
+            allowed = {"embedding": 5e-5, "head": 0.009}.get(tensor, error) if weights_format == "q3_5" else error
             assert ((shown - expected) ** 2).sum() <= allowed * (expected.astype(np.float64) ** 2).sum(), tensor
 
 

@@ -7,6 +7,8 @@ import pytest
 from models import CASES, GridModel, batch_of, factorisations, fits
 from mpi4py import MPI
 
+from llama_hpc.kernels.cpu.calls import shared_pool
+from llama_hpc.model.steps import Steps
 from llama_hpc.weights.checkpoint import open_checkpoint
 
 
@@ -68,11 +70,14 @@ def test_the_parts_of_a_layer(comm, checkpoints, name, weights_format):
     residual = np.random.default_rng(3).standard_normal((batch.rows, config.hidden_size)).astype(np.float32) * np.float32(50)
     def results(comm, tensor):
         stage = GridModel(checkpoints / name, weights_format, comm, 1, tensor, sequences=2).stage
-        layer = stage.layers[1]
+        layer, b = stage.layers[1], stage.buffers
         for calls, part in enumerate((layer.attention, layer.mlp), 1):
+            steps = Steps(shared_pool(1), stage.reducer, stage.faults)
+            b.add_norm(steps, layer.weights.mlp_norm, b.normed, steps.rows, "mlp_norm", 1)
+            part.add(steps)
             stage.residual[: batch.rows] = residual
-            stage.buffers.norm(layer.weights.mlp_norm, batch.rows, "mlp_norm", 1)
-            part.forward(batch)
+            b.load(batch, steps)
+            steps.run()
             assert stage.faults.code == 0
             assert stage.reducer.calls == (calls if tensor > 1 else 0)
             yield stage.residual[: batch.rows].copy()
@@ -98,7 +103,7 @@ def test_a_fault_on_one_tensor_rank_reaches_the_leader(comm, checkpoints):
     """A value beyond the range of exact sums, in the vocabulary rows of the last rank only."""
     model = GridModel(checkpoints / "llama_odd", "f32", comm, 1, comm.size)
     if comm.rank == comm.size - 1:
-        model.stage.weights.head.weights.values[:] = 1e30
+        model.stage.weights.head.weights.data[:] = 1e30
     model.stage.forward(batch_of([(0, 0, np.arange(3))]))
     code = comm.bcast(model.stage.faults.code, comm.size - 1)
     assert code and (model.stage.faults.code == (code if comm.rank == comm.size - 1 else 0))

@@ -57,10 +57,11 @@ def compile_kernels(comm) -> None:
     from mpi4py import MPI
 
     from llama_hpc.engine.warmup import warm_up
+    from llama_hpc.kernels.cpu.calls import shared_pool
     for turn in (True, False):
         if (comm.rank == 0) == turn:
             for weights_format in ("f32", "q8", "q3_5"):
-                warm_up(weights_format, THREADS, MPI.COMM_SELF)
+                warm_up(weights_format, shared_pool(THREADS), MPI.COMM_SELF)
         comm.Barrier()
 
 
