@@ -73,8 +73,8 @@ PLAIN_BYTES = {"f32": 4, "f16": 2}      # of a weight, in formats without groups
 def table_format(weights_format: str, name: str = "embedding") -> str:
     """The format of ``embedding`` or ``head`` in a model of a format.
 
-    Quantised models keep the embedding in ``q8``, which is the head too where they are tied. A head of its own, all of which is read
-    for every token, is ``q4`` in models of 4 bits and less.
+    Quantised models keep the embedding in ``q8``, which is the head too where they are tied. A head of its own, all of which is
+    read for every token, is ``q4`` in models of 4 bits and less.
     """
     if weights_format in PLAIN_BYTES:
         return weights_format

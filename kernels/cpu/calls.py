@@ -54,8 +54,8 @@ def add_quantize(program: Program, name, activation: Activation, tokens: np.ndar
                 target=activation.record, keep=(activation,))
 
 
-def products_of(x: np.ndarray, weights: Weights, *, pool: Pool | None = None, work: WorkDistribution | None = None, mode=products.FLOAT,
-                out: np.ndarray | None = None) -> tuple[int, np.ndarray]:
+def products_of(x: np.ndarray, weights: Weights, *, pool: Pool | None = None, work: WorkDistribution | None = None,
+                mode=products.FLOAT, out: np.ndarray | None = None) -> tuple[int, np.ndarray]:
     """(status, x Wᵀ) for float32 x [M, K]: float32 [M, N], or with mode SUMS int64 multiples of 2**-32; ADD adds to ``out``."""
     x, pool = np.ascontiguousarray(x, np.float32), pool or shared_pool(1)
     out = np.empty((len(x), weights.rows), np.int64 if mode == products.SUMS else np.float32) if out is None else out

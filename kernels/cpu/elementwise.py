@@ -27,7 +27,8 @@ from .simd import float_from_bits, rint
 from .team import begin, chunk, work_at
 
 NORM = record("team", "status", "work", "rows", "residual", "stride", "columns", "weight", "eps", "selected", "target")
-EMBEDDING = record("team", "status", "work", "rows", "tokens", "first", "held", "columns", "data", "tile_bytes", "form", "out", "stride")
+EMBEDDING = record("team", "status", "work", "rows", "tokens", "first", "held", "columns", "data", "tile_bytes", "form", "out",
+                   "stride")
 FINISH = record("team", "status", "work", "rows", "sums", "columns", "bias", "residual")
 INT8, INT4, FLOAT32, FLOAT16 = range(4)         # forms of an embedding table: kinds ``halves`` and ``nibble``, interleaved floats
 
@@ -65,8 +66,8 @@ def _largest_magnitude(bits, first, last):
 def rms_norm(x, bits, n, weight, eps, out):
     """out = x / sqrt(mean(x²) + eps) * weight for n float32 (RMSNorm, Zhang & Sennrich 2019); returns a kernel status.
 
-    ``bits`` is x seen as int32. x is scaled by a power of two from its exact maximum, so that squares neither overflow nor vanish,
-    and the squares are summed as 64-bit fixed point. ``out`` may be ``x``.
+    ``bits`` is x seen as int32. x is scaled by a power of two from its exact maximum, so that squares neither overflow nor
+    vanish, and the squares are summed as 64-bit fixed point. ``out`` may be ``x``.
     """
     largest = _largest_magnitude(bits, 0, n)
     if largest >= INFINITY_BITS:
@@ -87,8 +88,8 @@ def rms_norm(x, bits, n, weight, eps, out):
 def quantize_group(target, row, group):
     """Quantises one group of a row of the activations ``target`` (a record ACTIVATION); returns a kernel status.
 
-    q = rint(x * (127 / amax)) and scale = amax / 127; a group whose maximum is below 2**-100 is zero. A group starts afresh in each
-    block; behind its last k are zeros.
+    q = rint(x * (127 / amax)) and scale = amax / 127; a group whose maximum is below 2**-100 is zero. A group starts afresh in
+    each block; behind its last k are zeros.
     """
     block, place = group // target.per_block, group % target.per_block
     first = block * target.block + place * GROUP
@@ -182,7 +183,7 @@ def _quantized_row(op, row, out):
 
 @operation
 def embedding_operation(member, where):
-    """out[r] = row tokens[r] of a table of which ``held`` rows from ``first`` on are here; zeros where the token lies elsewhere."""
+    """out[r] = row tokens[r] of a table of which ``held`` rows from ``first`` on are here; zeros for a token of another rank."""
     op = carray(_embedding_at(where), 1)[0]
     work, rows, tokens = carray(work_at(op.work), 1)[0], int64_at(op.rows)[0], int32_at(op.tokens)
     begin(op.team, member, work, rows)

@@ -84,12 +84,12 @@ def integer_tile(kind, data, at, table, groups, per_block, x, x_scales, correcti
     # Not a bare 0: Numba would compile a register tile for a literal first, and then again.
     token, ahead = np.int64(0), AHEAD_ONE if rows < WIDE else AHEAD_MANY
     while token + WIDE <= rows:
-        largest = _register_tile(kind, simd.tile_zeros(WIDE), data, at, table, groups, per_block, x, x_scales, corrections, capacity,
-                                 base, token, scales, totals, column, ahead, end, jump, largest)
+        largest = _register_tile(kind, simd.tile_zeros(WIDE), data, at, table, groups, per_block, x, x_scales, corrections,
+                                 capacity, base, token, scales, totals, column, ahead, end, jump, largest)
         token += WIDE
     while token + MIDDLE <= rows:
-        largest = _register_tile(kind, simd.tile_zeros(MIDDLE), data, at, table, groups, per_block, x, x_scales, corrections, capacity,
-                                 base, token, scales, totals, column, ahead, end, jump, largest)
+        largest = _register_tile(kind, simd.tile_zeros(MIDDLE), data, at, table, groups, per_block, x, x_scales, corrections,
+                                 capacity, base, token, scales, totals, column, ahead, end, jump, largest)
         token += MIDDLE
     while token + 2 <= rows:
         largest = _register_tile(kind, simd.tile_zeros(2), data, at, table, groups, per_block, x, x_scales, corrections, capacity,

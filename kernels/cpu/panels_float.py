@@ -34,8 +34,8 @@ def float_panel(data, at0, at1, columns, block, x, stride, first, rows, scales, 
     """
     token = 0
     while token + TALL <= rows:
-        largest = _register_tile(simd.tile_zeros(TALL), data, at0, at1, columns, block, x, (first + token) * stride, stride, scales,
-                                 totals, token * WIDTH, largest)
+        largest = _register_tile(simd.tile_zeros(TALL), data, at0, at1, columns, block, x, (first + token) * stride, stride,
+                                 scales, totals, token * WIDTH, largest)
         token += TALL
     while token < rows:
         largest = _register_tile(simd.tile_zeros(1), data, at0, at1, columns, block, x, (first + token) * stride, stride, scales,

@@ -1,7 +1,7 @@
 """Operations of a program: products y = x Wᵀ of quantised activations and weights, with what follows them fused in.
 
-Canonical: exact int8 dot products of groups, one float chain a reduction block, int64 sums of blocks (``panels``). The team shares
-out panels of 32 rows. A product may have several parts (q, k and v; gate and up) that read the same activations.
+Canonical: exact int8 dot products of groups, one float chain a reduction block, int64 sums of blocks (``panels``). The team
+shares out panels of 32 rows. A product may have several parts (q, k and v; gate and up) that read the same activations.
 """
 
 import numpy as np
@@ -34,7 +34,8 @@ CHUNK = 48                      # tokens that are multiplied at a time
 LIMIT_BITS, OUTPUT_BITS = (BLOCK_LIMIT * FIXED).view(np.int32), OUTPUT_LIMIT.view(np.int32)
 
 # One matrix: kernel weights, the bias of its outputs (0: none), and where its outputs go, in elements from row to row.
-PART = record("data", "table", "row_scales", "bias", "tile_bytes", "rows", "groups", "per_block", "out", "stride", "columns", "block")
+PART = record("data", "table", "row_scales", "bias", "tile_bytes", "rows", "groups", "per_block", "out", "stride", "columns",
+              "block")
 PRODUCT = record("team", "status", "work", "tokens", "activation", "parts", "count", "mode", "block_panels", "gated", "following")
 
 
@@ -256,8 +257,8 @@ def panels_of(op, parts):
 def _product(kind, member, where):
     """The body of a product: shares panels, with ``tiled`` blocks of panels x tokens, among the team.
 
-    Three levels of blocks: a chunk of tokens whose totals and activations of a unit the first-level cache holds, as many panels as
-    the second level holds, and what a member is handed.
+    Three levels of blocks: a chunk of tokens whose totals and activations of a unit the first-level cache holds, as many panels
+    as the second level holds, and what a member is handed.
     """
     op = carray(product_at(where), 1)[0]
     activation, work = carray(activation_at(op.activation), 1)[0], carray(work_at(op.work), 1)[0]

@@ -49,14 +49,11 @@ class Weights:
     def part(self, out: np.ndarray | None = None, bias: np.ndarray | None = None) -> "Part":
         """These weights, the bias of their outputs (None or empty: none), and the array [rows, outputs] that takes them."""
         stride = 0 if out is None else out.shape[1]
-        if bias is not None and bias.size:
-            # Whole panels: kernels load it sixteen at a time.
-            bias = np.concatenate([bias, np.zeros(-len(bias) % (2 * LANES), np.float32)])
-        else:
-            bias = None
+        # Whole panels of a bias: kernels load it sixteen at a time.
+        bias = None if bias is None or not bias.size else np.concatenate([bias, np.zeros(-len(bias) % (2 * LANES), np.float32)])
         record = np.array([(address(self.data), address(self.table), address(self.row_scales), address(bias),
-                            self.data.strides[0], self.rows, self.blocks.groups, self.blocks.groups_per_block, address(out), stride,
-                            self.blocks.size, self.blocks.block)], PART)
+                            self.data.strides[0], self.rows, self.blocks.groups, self.blocks.groups_per_block, address(out),
+                            stride, self.blocks.size, self.blocks.block)], PART)
         return Part(record, (self, out, bias))
 
 
@@ -81,7 +78,8 @@ def allocate(weights_format: str, rows: int, blocks: Blocks, codebook=None) -> W
     scales = np.zeros(tiles * LANES, np.float32)
     if layout not in KINDS:
         scales[:] = 1
-        return Weights(layout, rows, blocks, aligned((tiles, blocks.size, LANES), np.float32 if layout == "f32" else np.uint16, 0), scales)
+        dtype = np.float32 if layout == "f32" else np.uint16
+        return Weights(layout, rows, blocks, aligned((tiles, blocks.size, LANES), dtype, 0), scales)
     size = KINDS[layout].tile_bytes(blocks.groups)
     data = aligned(tiles * size + BEHIND, np.int8, 0)[: tiles * size].reshape(tiles, size)
     table = None
@@ -137,7 +135,7 @@ def _pair_at(pair, vectors, line_pairs):
 
 @njit(cache=True)
 def _place_codes(codes, data, first_row):
-    """Codes [n, groups, 16]: the first seven of eight vectors of a pair of groups as they are, the eighth in their highest bits."""
+    """Codes [n, groups, 16]: of the eight vectors of a pair of groups seven as they are, the last in their highest bits."""
     for i in range(codes.shape[0]):
         tile, lane = (first_row + i) // LANES, (first_row + i) % LANES
         for group in range(codes.shape[1]):

@@ -48,7 +48,8 @@ class ColumnParallelLinear:
         work = WorkDistribution.for_matmul(sum(linear.weights.rows for linear in self.linears.values()), first.blocks.size,
                                            steps.schedule)
         names = (*self.linears, "down") if gated else tuple(self.linears)
-        add_product(steps.program, (self.layer, names), x, parts, first.layout, steps.rows if rows is None else rows, mode, work, gated)
+        add_product(steps.program, (self.layer, names), x, parts, first.layout, steps.rows if rows is None else rows, mode, work,
+                    gated)
 
 
 class RowParallelLinear:

@@ -11,7 +11,8 @@ from llama_hpc.model.faults import Faults
 class Steps:
     """Built once by the layers of a stage; ``run`` is collective over the tensor group.
 
-    With one tensor rank everything is one program, one compiled call. ``counts`` int64: rows, outputs and attention runs of the step.
+    With one tensor rank everything is one program, one compiled call. ``counts`` int64: rows, outputs and attention runs of the
+    step.
     """
 
     def __init__(self, pool: Pool, reducer: TensorReducer, faults: Faults, schedule: str = "dynamic"):

@@ -25,8 +25,8 @@ from llama_hpc.model.steps import Steps
 class StageWeights:
     """What one rank holds: ``embedding`` on the first stage, ``final_norm`` and ``head`` on the last (None elsewhere).
 
-    ``quantized`` tells whether projections multiply integers, ``half_cache`` whether keys and values are kept in float16. With tied
-    embeddings both are the same object.
+    ``quantized`` tells whether projections multiply integers, ``half_cache`` whether keys and values are kept in float16. With
+    tied embeddings both are the same object.
     """
 
     quantized: bool
@@ -86,7 +86,8 @@ class Buffers:
         # Query heads before the first of KV head j of this rank, which may hold a part of its query heads only.
         self.head_starts = np.array([min(max(per_kv * j - first, 0), self.heads)
                                      for j in range(share.kv_heads.start, share.kv_heads.stop + 1)], np.int32)
-        self.eps, self.scale = np.array([config.norm_eps]), np.array([1.0 / np.sqrt(np.float64(config.head_dim))]).astype(np.float32)
+        self.eps = np.array([config.norm_eps])
+        self.scale = np.array([1.0 / np.sqrt(np.float64(config.head_dim))]).astype(np.float32)
 
     def load(self, batch: Batch, steps: Steps) -> None:
         """Takes over what a step works on."""
@@ -139,9 +140,9 @@ class TransformerStage:
         table, b, steps = self.weights.embedding.weights, self.buffers, self.steps
         forms = {"halves": elementwise.INT8, "nibble": elementwise.INT4, "f32": elementwise.FLOAT32, "f16": elementwise.FLOAT16}
         steps.program.add((0, ("embedding",)), elementwise.embedding_operation, elementwise.EMBEDDING,
-                          ONE_TASK.record(steps.pool.threads), rows=steps.rows, tokens=b.tokens, first=self.share.vocabulary.start,
-                          held=table.rows, columns=self.config.hidden_size, data=table.data, tile_bytes=table.data.strides[0],
-                          form=forms[table.layout], out=b.residual, stride=b.residual.shape[1])
+                          ONE_TASK.record(steps.pool.threads), rows=steps.rows, tokens=b.tokens,
+                          first=self.share.vocabulary.start, held=table.rows, columns=self.config.hidden_size, data=table.data,
+                          tile_bytes=table.data.strides[0], form=forms[table.layout], out=b.residual, stride=b.residual.shape[1])
         if self.reducer.size > 1:
             steps.exchange(self.reducer.sum_disjoint, b.residual)
 
