@@ -1,6 +1,6 @@
 """Speed of llama.cpp on the same machine, from its own tools: llama-bench, llama-batched-bench, llama-quantize.
 
-The tools run one at a time, in the environment and on the cores of this process. What they print is described in
+The tools run one at a time, on the cores of this process. What they print is described in
 tools/{llama-bench,batched-bench,quantize}/README.md of llama.cpp, the GGUF format in its ggml/docs/gguf.md.
 """
 
@@ -8,29 +8,32 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from llama_hpc.errors import LlamaHpcError, UsageError
+from llama_hpc.bench.errors import BenchmarkError
+from llama_hpc.errors import UsageError
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.weights.layout import gguf_name, tensor_shapes
 
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize")
+PURE = "-pure"                  # behind the name of a format: embedding and head too
 BANK = 1 << 22                  # random weights that are drawn; larger tensors repeat them
 
 
-class BenchmarkError(LlamaHpcError):
-    """A program that was to be measured failed, hung, or printed something else than its figures."""
-
-
 class Peer:
-    """The tools of one build of llama.cpp. ``timeout`` bounds every run of a tool, in seconds."""
+    """The tools of one build of llama.cpp. ``timeout`` bounds every run of a tool, in seconds.
 
-    def __init__(self, folder: str | Path, timeout: float = 1800.0):
+    ``environment`` is theirs (None: that of this process, in which settings of our own threads may have been made).
+    """
+
+    def __init__(self, folder: str | Path, timeout: float = 1800.0, environment: Mapping[str, str] | None = None):
         """``folder`` is a build folder or its bin/. Raises UsageError naming the tools that are in neither."""
-        self.timeout = timeout
+        self.timeout, self.environment = timeout, environment
         found = {tool: _find(Path(folder), tool) for tool in TOOLS}
         if missing := [tool for tool, path in found.items() if path is None]:
             raise UsageError(f"{folder} has no {', '.join(missing)}, nor has its bin/; give the folder in which llama.cpp was "
@@ -55,21 +58,22 @@ class Peer:
         lines = [line for line in output.splitlines() if line.startswith("{")]
         return _rate("llama-batched-bench", lines[-1] if lines else output, "speed_tg")
 
-    def quantised(self, model: str | Path, kind: str, folder: str | Path) -> Path:
+    def quantised(self, model: str | Path, kind: str, folder: str | Path, pure: bool = False) -> Path:
         """``model`` as Q4_0, Q3_K_S, IQ3_S, …, made on first use and kept in ``folder``. Raises BenchmarkError.
 
-        Its name has a hash of the model's path, size and time of change: another model gets a file of its own.
+        With ``pure`` the embedding and the head are of this kind too, rather than of one that llama-quantize chooses. The
+        file's name has a hash of the model's path, size and time of change: another model gets a file of its own.
         """
         model, folder = Path(model).resolve(), Path(folder)
         if not model.is_file():
             raise UsageError(f"{model}: no such GGUF file")
         identity = f"{model} {model.stat().st_size} {model.stat().st_mtime_ns}"
-        target = folder / f"{model.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}-{kind}.gguf"
+        target = folder / f"{model.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}-{kind}{PURE * pure}.gguf"
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
             partial = target.with_suffix(".partial")
             try:
-                self._run("llama-quantize", "--allow-requantize", model, partial, kind)
+                self._run("llama-quantize", "--allow-requantize", *["--pure"] * pure, model, partial, kind)
                 if not partial.exists():
                     raise BenchmarkError(f"llama-quantize wrote no {kind} file of {model}")
                 partial.replace(target)
@@ -86,7 +90,7 @@ class Peer:
         command = [str(self.tools[tool]), *map(str, arguments)]
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=self.timeout,
-                                  encoding="utf-8", errors="replace")
+                                  encoding="utf-8", errors="replace", env=self.environment)
         except subprocess.TimeoutExpired:
             raise BenchmarkError(f"{' '.join(command)}: not finished after {self.timeout:g} s") from None
         except OSError as error:
@@ -95,6 +99,35 @@ class Peer:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise BenchmarkError(f"{' '.join(command)}: exit code {done.returncode}: {lines[-1].strip()}")
         return done.stdout
+
+
+@dataclass(frozen=True)
+class PeerModel:
+    """A file that the tools of ``peer`` run; ``format``: Q4_0, Q4_0-pure, …"""
+
+    peer: Peer
+    format: str
+    path: Path
+
+
+def peer_models(peer: Peer, source: Path, formats: list[str], folder: Path) -> list[PeerModel]:
+    """The GGUF file ``source`` in these formats, kept in ``folder``. Raises as ``Peer.quantised``."""
+    def made(name: str) -> Path:
+        return peer.quantised(source, name.removesuffix(PURE), folder, name.endswith(PURE))
+    return [PeerModel(peer, name, made(name)) for name in formats]
+
+
+def random_gguf(config: ModelConfig, name: str, folder: Path) -> Path:
+    """``write_random_gguf`` in float16 as a file of ``folder``, made on first use. Raises as it does."""
+    path = folder / f"{name}-{config.num_layers}-layers-f16.gguf"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        try:
+            write_random_gguf(config, partial).replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return path
 
 
 def write_random_gguf(config: ModelConfig, path: str | Path, kind: str = "f16") -> Path:

@@ -1,66 +1,109 @@
-"""``llama-hpc bench``: how fast this machine computes, against its own limits measured beside it."""
+"""``llama-hpc bench``: how fast this machine computes, against its own limits measured beside it, and against llama.cpp."""
 
 import argparse
 
+from llama_hpc.bench.shapes import SHAPES
 from llama_hpc.cli.options import whole
 
-SHAPES = ("4096x4096", "4096x11008", "8192x28672")
+FORMATS = ("q3_5", "q4", "q8", "f16", "f32")
+SCHEDULES = ("static", "dynamic", "guided", "nested", "tiled", "steal")
+CASES = ("decode", "prefill", "batch")
+PRODUCTS = ("4096x4096", "11008x4096", "8192x28672")
+PEER_FORMATS = ("Q4_0", "Q4_0-pure", "Q3_K_S", "IQ3_S")
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
-    parser = subparsers.add_parser("bench", help="measure the kernels on this machine",
-                                   description="Measure how fast this machine computes, against its own limits.")
+    parser = subparsers.add_parser(
+        "bench", help="measure kernels and models on this machine",
+        description="Measure how fast this machine computes, against its own limits measured in alternation on the same threads. "
+                    "Figures are medians over rounds.")
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    kernels = kinds.add_parser(
-        "kernels", help="products, against memory bandwidth and register-only arithmetic",
-        description="Time products of random weights; bandwidth and peak are measured in alternation on the same threads. "
-                    "Shares are medians over rounds.")
-    kernels.add_argument("--weights", nargs="+", choices=("q3_5", "q8", "f32"), default=["q3_5"], help="formats (default: q3_5)")
-    kernels.add_argument("--shapes", nargs="+", type=_shape, default=[_shape(text) for text in SHAPES], metavar="KxN",
-                         help=f"inputs x outputs (default: {' '.join(SHAPES)})")
-    kernels.add_argument("--tokens", nargs="+", type=whole(1, 65536), default=[1, 8, 256], metavar="M", help="default: 1 8 256")
-    kernels.add_argument("--threads", nargs="+", type=whole(1, 4096), default=None, metavar="T", help="default: 1 and all cores")
-    kernels.add_argument("--rounds", type=whole(1, 1000), default=7, metavar="R", help="default: 7")
-    kernels.add_argument("--output", metavar="FILE", default="benchmark_parallel_results.json",
-                         help="JSON file (default: %(default)s)")
+    _add_kernels(kinds)
+    _add_model(kinds)
     return parser
 
 
+def _add_kernels(kinds) -> None:
+    kernels = kinds.add_parser(
+        "kernels", help="products, against memory bandwidth and register-only arithmetic",
+        description="Time products of random weights. All schedules and thread counts must give the same bits.")
+    kernels.add_argument("--weights", nargs="+", choices=FORMATS, default=["q3_5"], help="formats (default: q3_5)")
+    kernels.add_argument("--shapes", nargs="+", type=_product, default=[_product(text) for text in PRODUCTS], metavar="KxN",
+                         help=f"inputs x outputs (default: {' '.join(PRODUCTS)})")
+    kernels.add_argument("--tokens", nargs="+", type=whole(1, 65536), default=[1, 8, 256], metavar="M", help="default: 1 8 256")
+    kernels.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["dynamic"],
+                         help="how threads share a product (default: dynamic)")
+    kernels.add_argument("--compare", action="store_true",
+                         help="instead, compare scalar code, the kernels on one thread, and every schedule on the most threads")
+    _add_common(kernels, 7)
+    kernels.set_defaults(bench=_kernels)
+
+
+def _add_model(kinds) -> None:
+    model = kinds.add_parser(
+        "model", help="a whole model: one sequence, a prompt, a batch; and llama.cpp beside it",
+        description="Time a model, or random weights of its shape: decode of one sequence, prefill of a prompt, decode of a "
+                    "batch of sequences.")
+    model.add_argument("model", metavar="MODEL", nargs="?", help="as for run; or give --shape")
+    model.add_argument("--shape", choices=SHAPES, metavar="NAME", help=f"random weights in the shape of {', '.join(SHAPES)}")
+    model.add_argument("--layers", type=whole(1), metavar="N", help="of --shape, its first N layers only")
+    model.add_argument("--weights", nargs="+", choices=FORMATS, help="formats (default: q3_5, or that of a quantised model)")
+    model.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to time (default: all)")
+    model.add_argument("--tokens", type=whole(1, 65536), default=64, metavar="N", help="of decode (default: 64)")
+    model.add_argument("--prompt", type=whole(1, 65536), default=512, metavar="N", help="tokens of prefill (default: 512)")
+    model.add_argument("--batch", type=whole(1, 4096), default=32, metavar="N",
+                       help="sequences of a batch, which grow from 16 to 48 tokens (default: 32)")
+    peer = model.add_argument_group("comparison with llama.cpp, run in alternation with the same threads")
+    peer.add_argument("--peer", metavar="DIR", help="build folder of llama.cpp; needs --shape or a GGUF file")
+    peer.add_argument("--peer-formats", nargs="+", default=list(PEER_FORMATS), metavar="F",
+                      help=f"of llama-quantize, with -pure for --pure (default: {' '.join(PEER_FORMATS)})")
+    peer.add_argument("--peer-models", metavar="DIR", help="keep its models in this folder (default: they are deleted)")
+    _add_common(model, 5)
+    model.set_defaults(bench=_model)
+
+
+def _add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
+    parser.add_argument("--threads", nargs="+", type=whole(1, 4096), metavar="T", help="default: 1 and all cores")
+    parser.add_argument("--rounds", type=whole(1, 1000), default=rounds, metavar="R", help="default: %(default)s")
+    parser.add_argument("--output", metavar="NAME", default="benchmark_parallel_results",
+                        help="writes NAME.json and NAME.h5 (default: %(default)s)")
+
+
 def main(args: argparse.Namespace) -> int:
-    """Runs in this process alone, without MPI."""
-    import json
-    from pathlib import Path
+    """Runs in this process alone, without other ranks. Returns 0; errors are exceptions."""
+    import os
 
     from llama_hpc.errors import UsageError
     from llama_hpc.runtime import numba_setup
     from llama_hpc.runtime.launch import expected_tasks
-    from llama_hpc.runtime.provenance import collect
     from llama_hpc.runtime.topology import available_cores
     if (expected_tasks() or 1) > 1:
-        raise UsageError(f"bench kernels measures one process, but {expected_tasks()} were started; run it without mpirun")
-    Path(args.output).write_text("", encoding="utf-8")
-    threads = args.threads or sorted({1, available_cores()})
-    numba_setup.configure(max(threads))
+        raise UsageError(f"bench measures one process, but {expected_tasks()} were started; run it without mpirun")
+    # What this process sets for its own threads is not for llama.cpp.
+    args.environment = dict(os.environ)
+    args.threads = args.threads or sorted({1, available_cores()})
+    numba_setup.configure(max(args.threads))
     numba_setup.check_kernels()
-    from llama_hpc.bench.products import TITLES, as_json, measure
-    from llama_hpc.kernels.cpu.target import kernels
-    print(f"{kernels()} kernels, medians of {args.rounds} rounds")
-    print("".join(title.rjust(14) for title in TITLES))
-    found = []
-    for weights in args.weights:
-        for columns, rows in args.shapes:
-            for tokens in args.tokens:
-                for count in threads:
-                    found.append(measure(weights, columns, rows, tokens, count, args.rounds))
-                    print("".join(cell.rjust(14) for cell in found[-1].as_row()), flush=True)
-    report = {**collect(), "kernels": kernels(), "results": as_json(found)}
-    Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {args.output}")
+    from llama_hpc.bench.report import Report
+    report = Report(args.output)
+    print(f"{report.facts['kernels']} kernels, medians of {args.rounds} rounds", flush=True)
+    args.bench(args, report)
+    report.write()
     return 0
 
 
-def _shape(text: str) -> tuple[int, int]:
+def _kernels(args: argparse.Namespace, report) -> None:
+    from llama_hpc.bench.commands import compare_schedules, measure_products
+    (compare_schedules if args.compare else measure_products)(args, report)
+
+
+def _model(args: argparse.Namespace, report) -> None:
+    from llama_hpc.bench.commands import measure_models
+    measure_models(args, report)
+
+
+def _product(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) <= 1 << 20 for part in parts):
         raise argparse.ArgumentTypeError(f"must be KxN, such as 4096x11008, got {text!r}")
