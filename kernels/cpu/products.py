@@ -279,7 +279,8 @@ def _product(kind, member, where):
         else:
             for start in range(first, last, op.block_panels):
                 # Not a bare 0: Numba would compile the function again for a literal.
-                status |= _block(kind, op, activation, parts, start, min(start + op.block_panels, last), np.int64(0), rows, scratch)
+                stop = min(start + op.block_panels, last)
+                status |= _block(kind, op, activation, parts, start, stop, np.int64(0), rows, scratch)
         first, last = chunk(op.team, member, work, bands * strips)
     if status:
         atomic_or(op.status, status)

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from . import team
 from .memory import address
 from .workers import Pool
 
@@ -30,7 +29,7 @@ class Program:
         record["team"], record["work"] = self.pool.address, address(work)
         for field, value in fields.items():
             record[field] = address(value) if isinstance(value, np.ndarray) or value is None else value
-        self._kept += [work, *fields.values(), *keep]
+        self._kept += [function, work, *fields.values(), *keep]
         self._functions.append(function.address)
         self.records.append(record)
         self.names.append(name)
@@ -42,13 +41,13 @@ class Program:
         for i, (function, record) in enumerate(zip(self._functions, self.records, strict=True)):
             record["status"] = address(self.status) + 8 * i
             self._table[i] = function, address(record)
-        self._arguments = self.pool.address, address(self._table), len(self.records), address(self.status)
+        self._arguments = address(self._table), len(self.records), address(self.status)
 
     def run(self) -> int:
-        """Runs all operations; returns the number of the first whose status is set, or -1."""
+        """Runs all operations; returns the number of the first whose status is set, or -1. One program of a pool at a time."""
         if self._table is None:
             self._finish()
-        return team.run(*self._arguments)
+        return self.pool.execute(*self._arguments)
 
     def clear(self) -> None:
         """Forgets what was found."""

@@ -148,11 +148,9 @@ class Words(Dots):
     def _multiply_add(self, builder, a, b):
         if target.is_x86():
             return self._call(builder, "llvm.x86.sse2.pmadd.wd", self.lanes, a, b)
-        wide = ir.VectorType(_I32, self.words.count)
-        products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-        undefined = ir.Constant(wide, ir.Undefined)
-        even, odd = (builder.shuffle_vector(products, undefined, _lanes(first, wide.count, 2)) for first in (0, 1))
-        return builder.add(even, odd)
+        # A product of an unsigned and a signed byte fits 16 bits.
+        products, half = builder.bitcast(builder.mul(a, b), self.lanes), _all(self.lanes, 16)
+        return builder.add(builder.ashr(builder.shl(products, half), half), builder.ashr(products, half))
 
 
 def best(nibbles: bool) -> Dots:

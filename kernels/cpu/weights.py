@@ -13,8 +13,10 @@ from ..formats import CODEBOOK_SIZE, PAIRS, Blocks, Packed, unpack_codes
 from ..numerics import GROUP
 from . import target
 from .memory import address, aligned
+from .placement import touch
 from .products import PART
 from .simd_int8 import BYTES, KINDS, PAIR_ORDER, STEPS
+from .workers import PANEL, NumaHint, Pool
 
 LANES = 16
 BEHIND = 32 << 10               # bytes behind the last tile that a prefetch may name
@@ -72,21 +74,36 @@ def layout_of(weights_format: str) -> str:
     return {"q8": "halves", "q4": "nibble"}.get(weights_format, weights_format)
 
 
-def allocate(weights_format: str, rows: int, blocks: Blocks, codebook=None) -> Weights:
-    """Room for ``rows`` rows of weights in a format (``q3_5``: with its codebook), to be given to ``fill``."""
+def allocate(weights_format: str, rows: int, blocks: Blocks, codebook=None, pool: Pool | None = None,
+             numa: NumaHint | None = None) -> Weights:
+    """Room for ``rows`` rows of weights in a format (``q3_5``: with its codebook), to be given to ``fill``.
+
+    With a pool its threads touch the memory first, as ``numa`` says (default local: each what it will read of a product with
+    schedule ``static``, or first with ``steal``).
+    """
     layout, tiles = layout_of(weights_format), -(-rows // LANES)
     scales = np.zeros(tiles * LANES, np.float32)
     if layout not in KINDS:
         scales[:] = 1
-        dtype = np.float32 if layout == "f32" else np.uint16
-        return Weights(layout, rows, blocks, aligned((tiles, blocks.size, LANES), dtype, 0), scales)
-    size = KINDS[layout].tile_bytes(blocks.groups)
-    data = aligned(tiles * size + BEHIND, np.int8, 0)[: tiles * size].reshape(tiles, size)
+        dtype = np.dtype(np.float32 if layout == "f32" else np.uint16)
+        data = _zeros(tiles, blocks.size * LANES * dtype.itemsize, pool, numa).view(dtype)
+        return Weights(layout, rows, blocks, data.reshape(tiles, blocks.size, LANES), scales)
+    data = _zeros(tiles, KINDS[layout].tile_bytes(blocks.groups), pool, numa)
     table = None
     if layout == "codes":
         table = aligned(2 * CODEBOOK_SIZE, np.int8)
         table[:] = (codebook.astype(np.int16) + 128).astype(np.uint8).T.reshape(-1).view(np.int8)
     return Weights(layout, rows, blocks, data, scales, table, codebook)
+
+
+def _zeros(tiles: int, tile_bytes: int, pool: Pool | None, numa: NumaHint | None) -> np.ndarray:
+    """int8 zeros [tiles, tile_bytes], and BEHIND of them behind."""
+    size = tiles * tile_bytes
+    data = aligned(size + BEHIND, np.int8, 0 if pool is None else None)
+    if pool is not None:
+        touch(pool, data[:size], PANEL // LANES * tile_bytes, numa or NumaHint.local())
+        data[size:] = 0
+    return data[:size].reshape(tiles, tile_bytes)
 
 
 def allocated_bytes(weights_format: str, rows: int, blocks: Blocks) -> int:

@@ -1,12 +1,13 @@
 """Worker pools: threads that run the same program, share its loops by a schedule, and wait without taking a core from others.
 
-A pool has ``threads`` members; the caller of ``Program.run`` is the first. The others are Python threads that stay in compiled code
-without the interpreter's lock. Names follow OpenMP's.
+A pool has ``threads`` members; the caller of ``Program.run`` is the first. The others are Python threads that stay in compiled
+code without the interpreter's lock. Names follow OpenMP's.
 """
 
 import atexit
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from math import isqrt
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from . import places, team
 from .memory import address, aligned
+from .places import num_cpus as num_cpus
+from .waiting import spins_in
 
-SPINS = 4000                    # looks at a word before a waiting thread gives way: some tens of microseconds
+SPIN_SECONDS = 50e-6            # of a waiting thread before it sleeps: about what it costs to fall asleep and be woken
 PANEL = 32                      # rows of a product that are one task
 _HUGE = 1 << 30
 
@@ -25,6 +28,10 @@ class NumaHint:
     """Where memory that threads read is to lie: ``local`` (touched first by the thread that will read it) or ``interleaved``."""
 
     policy: str
+
+    def __post_init__(self):
+        if self.policy not in ("local", "interleaved"):
+            raise ValueError(f"a NumaHint is local or interleaved, not {self.policy!r}")
 
     @classmethod
     def local(cls) -> "NumaHint":
@@ -42,9 +49,10 @@ class WorkDistribution:
     ``schedule``: ``static`` (one range each), ``dynamic`` (chunks from a shared counter), ``guided`` (shares of what is left),
     ``nested`` (groups of threads with a range each, dealt out inside the group), ``tiled`` (blocks of rows x tokens from a shared
     counter; inside a block the caches' own), ``steal`` (own ranges; who has none left takes half of another's).
-    ``min_chunk`` and ``max_chunk`` bound a chunk, in rows of a product, or in the tasks of another loop; without them a thread gets
-    ``tasks_per_thread`` chunks. ``groups``: of ``nested``, by default the root of the number of threads. ``tile_rows`` and
-    ``tile_tokens``: a block of ``tiled``, by default what the second-level cache holds.
+    ``min_chunk`` and ``max_chunk`` bound the chunks of all but ``static`` and ``tiled``, in rows of a product or in tasks of
+    another loop; between them a thread gets ``tasks_per_thread`` chunks. Where there is not a ``min_chunk`` for each thread, they
+    get equal ones. ``groups``: of ``nested``, by default the root of the number of threads. ``tile_rows`` and ``tile_tokens``: a
+    block of ``tiled``, by default what the second-level cache holds. ``numa``: where memory that the loop reads is to lie.
     """
 
     schedule: str = "static"
@@ -63,9 +71,14 @@ class WorkDistribution:
             raise ValueError(f"1 <= min_chunk <= max_chunk is needed, not {self.min_chunk} and {self.max_chunk}")
         if self.tasks_per_thread < 1:
             raise ValueError(f"tasks_per_thread must be at least 1, not {self.tasks_per_thread}")
+        for name in ("groups", "tile_rows", "tile_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 1, or 0 for the default, not {getattr(self, name)}")
+        if not isinstance(self.numa, NumaHint):
+            raise ValueError(f"numa must be NumaHint.local() or NumaHint.interleaved(), not {self.numa!r}")
 
     @classmethod
-    def for_matmul(cls, rows: int, cols: int, schedule: str = "dynamic") -> "WorkDistribution":
+    def for_matmul(cls, rows: int, cols: int, schedule: str = "steal") -> "WorkDistribution":
         """For a product of [rows, cols] weights: chunks that take about as long as waking a thread, or longer."""
         smallest = max(PANEL, min(rows, (1 << 18) // max(1, cols) // PANEL * PANEL))
         return cls(schedule, smallest, max(smallest, 4096))
@@ -95,45 +108,67 @@ class WorkStealingStats:
     tasks_created: int
     tasks_stolen: int
     tasks_of_member: tuple[int, ...]
-    waits: int
+    waits: int                  # for other members, asleep
 
     def steal_ratio(self) -> float:
         """Share of the chunks that were stolen."""
         return self.tasks_stolen / self.tasks_created if self.tasks_created else 0.0
 
 
+class _Worker(threading.Thread):
+    """A member of a team other than the first. It keeps the team's words, never the pool: an unused pool can be collected."""
+
+    def __init__(self, words: np.ndarray, member: int):
+        super().__init__(name=f"member-{member}", daemon=True)
+        self.words, self.member = words, member
+
+    def run(self):
+        team.serve(address(self.words), self.member)
+
+
 class Pool:
     """``threads`` members, the calling thread included, each with ``scratch_bytes`` of scratch.
 
-    Members are bound as OMP_PROC_BIND and OMP_PLACES say, or ``bind`` (a list of sets of cpus, or None for no binding); see
-    ``places``. Use ``close`` or leave it to the end of the process.
+    ``bind``: a set of cpus for each member (see ``places``), or None for no binding; the calling thread is the first, and gets
+    its affinity back by ``close``. Programs may be run from any thread, one at a time. Workers end with ``close``, when the pool
+    is collected, or at the end of the process. Raises ValueError, or OSError for cpus that this process may not use.
     """
 
-    def __init__(self, threads: int, scratch_bytes: int = 1 << 20, bind: list[set[int]] | None = None, spins: int = SPINS):
+    def __init__(self, threads: int, scratch_bytes: int = 1 << 20, bind: list[set[int]] | None = None):
         if threads < 1:
             raise ValueError(f"a pool has at least 1 thread, not {threads}")
         self.threads = threads
         self.words = aligned(team.words(threads), np.int64, 0)
-        self.words[team.THREADS], self.words[team.SPINS] = threads, spins
+        self.words[team.THREADS], self.words[team.SPINS] = threads, spins_in(SPIN_SECONDS)
         self.address = address(self.words)
         self._scratch: list[np.ndarray] = []
-        self._bind, self._workers = bind, []
+        self._lock, self._closed, self._process = threading.Lock(), False, os.getpid()
+        self._creator, self._affinity = threading.current_thread(), os.sched_getaffinity(0)
         self.need_scratch(scratch_bytes)
-        if bind is not None:
-            os.sched_setaffinity(0, bind[0])
-        if threads > 1:
-            # Compile before a thread needs it: workers must not meet in the compiler.
+        self._bound, self._workers = False, [_Worker(self.words, member) for member in range(1, threads)]
+        if self._workers:
+            # Compile before a thread needs it: workers must not meet in the compiler, nor a collection start it.
             team.serve.compile("void(int64, int64)")
-            for member in range(1, threads):
-                worker = threading.Thread(target=self._serve, args=(member,), name=f"member-{member}", daemon=True)
-                self._workers.append(worker)
+            team.stop.compile("void(int64)")
+            self._end = weakref.finalize(self, _stop, self.words)
+        try:
+            for worker in self._workers:
                 worker.start()
-            atexit.register(self.close)
+            if bind is not None:
+                self.bind(bind)
+        except BaseException:
+            self.close()
+            raise
 
-    def _serve(self, member: int) -> None:
-        if self._bind is not None:
-            os.sched_setaffinity(0, self._bind[member])
-        team.serve(self.address, member)
+    def bind(self, places: list[set[int]] | None) -> None:
+        """Binds every member to a set of cpus, the calling thread as the first; None changes nothing."""
+        if places is None:
+            return
+        if len(places) != self.threads:
+            raise ValueError(f"a pool of {self.threads} threads must be bound to as many sets of cpus, not {len(places)}")
+        self._bound = True
+        for thread, cpus in zip((self._creator, *self._workers), places, strict=True):
+            os.sched_setaffinity(thread.native_id, cpus)
 
     def _own(self, member: int) -> np.ndarray:
         start = team.GROUPS + 8 * self.threads + team.MEMBER_WORDS * member
@@ -147,6 +182,15 @@ class Pool:
             for member, scratch in enumerate(self._scratch):
                 self._own(member)[team.SCRATCH] = address(scratch)
 
+    def execute(self, operations: int, count: int, status: int) -> int:
+        """Runs a program that lies at these addresses; see ``team.run``. Raises RuntimeError where the workers are gone."""
+        if self._process != os.getpid():
+            raise RuntimeError(f"this pool's threads belong to process {self._process}: make a pool in each process")
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this pool is closed")
+            return team.run(self.address, operations, count, status)
+
     def stats(self) -> WorkStealingStats:
         """The counters since ``reset``."""
         own = [self._own(member) for member in range(self.threads)]
@@ -159,12 +203,31 @@ class Pool:
             self._own(member)[[team.TASKS, team.STEALS, team.WAITS]] = 0
 
     def close(self) -> None:
-        """Ends the workers; the pool cannot be used afterwards."""
-        if self._workers:
-            self.words[team.STOP] = 1
+        """Ends the workers, a running program first; the pool cannot be used afterwards. May be called again."""
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._workers:
+                self._end()
             for worker in self._workers:
-                worker.join()
-            self._workers = []
-            atexit.unregister(self.close)
+                if worker.ident is not None:
+                    worker.join()
+            if self._bound and self._creator.is_alive():
+                os.sched_setaffinity(self._creator.native_id, self._affinity)
 
 
+def _stop(words: np.ndarray) -> None:
+    team.stop(address(words))
+
+
+@atexit.register
+def _end_workers() -> None:
+    """No thread may come back from compiled code into an interpreter that is being taken down."""
+    workers = [thread for thread in threading.enumerate() if isinstance(thread, _Worker)]
+    for worker in workers:
+        _stop(worker.words)
+    for worker in workers:
+        worker.join()

@@ -48,7 +48,7 @@ class Job:
         self.requests, self.texts = [], []
         self.hashes: dict[str, str] | None = {} if args.hash_weights else None
         with agreed(comm, "starting the threads"):
-            self.pool = Pool(threads, bind=thread_places(threads))
+            self.pool, self.places = Pool(threads), thread_places(threads)
 
     def run(self) -> int:
         """Raises what goes wrong, on every rank where all share it; returns 0."""
@@ -105,6 +105,8 @@ class Job:
     def _compile(self) -> None:
         start = time.monotonic()
         once_per_node(self.node, lambda: warm_up(self.weights, self.pool, MPI.COMM_SELF))
+        # Not before: the threads that quantise, now started, would inherit the one place of this thread.
+        self.pool.bind(self.places)
         if self.first and time.monotonic() - start > 2:
             _LOG.info("kernels ready after %.1f s", time.monotonic() - start)
 
@@ -118,7 +120,7 @@ class Job:
         with agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.first) as progress:
             try:
                 weights = load_stage(checkpoint, self.weights, part, share, reducer, grid.stage_comm, threads=self.threads,
-                                     progress=progress.update, hashes=hashes)
+                                     progress=progress.update, hashes=hashes, pool=self.pool)
                 stage = TransformerStage(config, part, share, weights, reducer, self.pool, sequences=plan.sequences,
                                          max_seq_len=max_seq_len, max_rows=plan.max_rows, max_outputs=plan.slots)
             except PeerFailed:

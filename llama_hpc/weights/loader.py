@@ -17,6 +17,7 @@ from llama_hpc.kernels import formats
 from llama_hpc.kernels.codebook import fit_codebook, sample_rows
 from llama_hpc.kernels.cpu.quantize import quantize_f16, quantize_q3_5, quantize_q4, quantize_q8, row_maxima
 from llama_hpc.kernels.cpu.weights import allocate, fill
+from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.kernels.formats import LARGEST_WEIGHT, table_format
 from llama_hpc.kernels.numerics import BLOCK, INFINITY_BITS, down_block
 from llama_hpc.model.attention import AttentionWeights
@@ -37,14 +38,15 @@ class PeerFailed(Exception):
 
 
 def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, share: TensorShare, reducer: TensorReducer,
-               stage_comm: MPI.Comm, *, threads: int = 1, progress=None, hashes: dict[str, str] | None = None) -> StageWeights:
+               stage_comm: MPI.Comm, *, threads: int = 1, progress=None, hashes: dict[str, str] | None = None,
+               pool: Pool | None = None) -> StageWeights:
     """One rank's weights. Collective over ``stage_comm``, the ranks of this stage in all replicas.
 
-    ``progress()`` is called after each of ``loading_steps``. With ``hashes``, the packed bytes of every whole tensor of the stage
+    ``progress()`` is called after each of ``loading_steps``. The threads of ``pool`` touch the memory that they will read. With ``hashes``, the packed bytes of every whole tensor of the stage
     are hashed (SHA-256) into it on tensor rank 0; give it to all ranks of a tensor group or to none. Raises
     CheckpointError for damaged data, and PeerFailed on the ranks that wait for one that failed.
     """
-    loader = _Loader(checkpoint, weights_format, share, reducer, threads, progress, hashes)
+    loader = _Loader(checkpoint, weights_format, share, reducer, threads, progress, hashes, pool)
     if weights_format == "q3_5" and not loader.packed:
         loader.fit_codebooks(stage, stage_comm)
     try:
@@ -101,9 +103,9 @@ def _quantised(stage: StageShare) -> list[str]:
 
 
 class _Loader:
-    def __init__(self, checkpoint, weights_format, share, reducer, threads, progress, hashes):
+    def __init__(self, checkpoint, weights_format, share, reducer, threads, progress, hashes, pool=None):
         self.checkpoint, self.config, self.format = checkpoint, checkpoint.config, weights_format
-        self.share, self.reducer, self.threads = share, reducer, threads
+        self.share, self.reducer, self.threads, self.pool = share, reducer, threads, pool
         self.progress, self.hashes = progress or (lambda: None), hashes
         self.packed = getattr(checkpoint, "packed", None)
         self.codebooks: dict[str, np.ndarray] = {}
@@ -183,7 +185,7 @@ class _Loader:
         if self.packed:
             self._check_coding(name, weights_format, block)
             codebook = getattr(self.packed(name, slice(0)), "codebook", None)
-        weights = allocate(weights_format, len(rows), blocks, codebook)
+        weights = allocate(weights_format, len(rows), blocks, codebook, self.pool)
         for first, part in self.parts(name, rows, columns, blocks, weights_format):
             fill(weights, first, part)
             if self.hashes is not None:

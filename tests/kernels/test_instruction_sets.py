@@ -1,6 +1,7 @@
-"""One hash over the outputs of all kernels, here and on other instruction sets.
+"""One hash over the outputs of all kernels, on every set of instructions that this processor can run.
 
-Run as a program, it prints the target that Numba compiled for, which vector registers that brought, and the hash.
+Each is forced in a process of its own, which prints what Numba compiled for, the kernels that it chose and the registers that
+LLVM used, beside the hash.
 """
 
 import hashlib
@@ -9,60 +10,77 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import llvmlite.binding
 import numpy as np
 import pytest
-from kernel_inputs import Cache, normal, product
+from kernel_inputs import FORMATS, kernel_weights, normal, operate, quantized, stored
 from numba import njit
 from numba.core.registry import cpu_target
+from test_attention import KV_OF_HEAD, LENGTHS, POSITIONS, SEQUENCES, Cache, Rows, queries
 
-from llama_hpc.kernels.cpu import elementwise, matmul, sampling
-from llama_hpc.kernels.formats import Blocks
-from llama_hpc.kernels.numerics import OK, rope_table
+from llama_hpc.kernels.cpu import elementwise, products, sampling, target
+from llama_hpc.kernels.cpu.activations import Activation
+from llama_hpc.kernels.cpu.calls import add_product, products_of, shared_pool
+from llama_hpc.kernels.cpu.program import Program
+from llama_hpc.kernels.formats import Blocks, Packed
+from llama_hpc.kernels.numerics import OK
 from llama_hpc.kernels.sampling import choose, philox
 
+SHAPES = (35, 172, 64), (70, 576, 256), (16, 24, 8)
+TOKENS = (*range(1, 10), 33)
 
-def outputs():
-    """Status and output of every kernel on fixed inputs: float16 and float32, register tiles of 8 tokens and of 1."""
-    for kind in ("float", "integer"):
-        x, scales, weights, sums = product(kind, 40, 288, 64, tokens=11)
-        yield matmul.matmul(x, scales, weights, sums, 11), sums
-        out, bias = normal((11, 40), 3), normal(40, 4)
-        yield elementwise.finish_add(sums, bias, out, 11), out
-        yield elementwise.finish(sums, bias, out, 11), out
-        rows = np.empty((3, 288), np.float32)
-        arguments = 288, np.array([3, 39, 40], np.int32), 1, 38, rows, 3
-        if kind == "float":
-            yield elementwise.float_embedding(weights.values, *arguments), rows
-        else:
-            yield elementwise.integer_embedding(weights.values, weights.factors, weights.row_scales, *arguments), rows
+
+def products_in(weights_format):
+    """Sums for every mixture of register tiles; then gate and up, with what follows them."""
+    for n, k, block in SHAPES:
+        part = stored(weights_format, normal((n, k), 1, 0.1), Blocks(k, block))
+        if isinstance(part, Packed):
+            yield OK, np.frombuffer(part.bytes(), np.uint8)
+        weights, x = kernel_weights(weights_format, part, n, Blocks(k, block)), normal((max(TOKENS), k), 2)
+        for tokens in TOKENS:
+            for threads in (1, 2):
+                yield products_of(x[:tokens], weights, pool=shared_pool(threads), mode=products.SUMS)
+        yield products_of(x, weights, mode=products.ADD, out=normal((len(x), n), 3))
+    n, k = 70, 576
+    parts = [kernel_weights(weights_format, stored(weights_format, normal((n, k), seed, 0.1), Blocks(k, 256)), n, Blocks(k, 256))
+             for seed in (4, 5)]
+    activation, gated = Activation(5, k, 256, parts[0].quantized), Activation(5, n, 64, parts[0].quantized)
+    weight, rows, x = normal(k, 6), np.array([5]), normal((5, k), 7) * np.float32([[1], [1e-40], [1e-20], [1e15], [300]])
+    yield operate(elementwise.norm_operation, elementwise.NORM, rows=rows, residual=x, stride=k, columns=k, weight=weight,
+                  eps=np.array([1e-6]), target=activation.record), activation.values
+    program, biased = Program(shared_pool(1)), [part.part(None, normal(n, 8)) for part in parts]
+    add_product(program, "gate", activation, biased, parts[0].layout, rows, products.GATED, gated=gated)
+    program.run()
+    yield int(program.status[0]), gated.values
+    if gated.quantized:
+        yield from ((OK, array) for array in (*quantized(activation, 5), *quantized(gated, 5)))
+
+
+def attention_and_the_rest():
     for dtype in (np.uint16, np.float32):
-        cache = Cache([40, 530], 2, 20, dtype).write()
-        for window in (0, 100):
-            yield cache.attend(normal((4, 60)), [0, 1, 1, 1], [39, 5, 256, 529], (0, 1, 1), window)
-    blocks, cosines_sines = Blocks(172, 64), rope_table(np.arange(1, 11, dtype=np.uint64) << np.uint64(50), 300)
-    x = normal((5, 172)) * np.float32([[1], [1e-40], [1e-20], [1e20], [300]])
-    out, scales = np.empty((5, blocks.padded), np.float32), np.empty((5, blocks.groups), np.float32)
-    yield elementwise.quantize_rows(x, 64, out, scales, 5), out
-    yield OK, scales
-    yield elementwise.rms_norm(x, normal(172, 1), 1e-6, out := np.empty_like(x), 5), out
-    yield elementwise.silu_multiply(normal((5, 172), 2) * np.float32(30), x, out := np.empty_like(x), 5), out
-    heads = normal((5, 120))
-    yield elementwise.rope(heads, *cosines_sines, np.array([0, 1, 17, 256, 299], np.int32), 5), heads
-    x = np.ldexp(normal((5, 172)), np.arange(-30, 13, dtype=np.int32).repeat(4)).astype(np.float32)
-    yield elementwise.to_half(x, half := np.empty(x.shape, np.uint16), 5), half
+        cache = Cache(LENGTHS, 2, 20, dtype).write()
+        for window in (0, 300):
+            yield cache.attend(queries(len(POSITIONS), 20), SEQUENCES, POSITIONS, KV_OF_HEAD, window)
+        rows = Rows(20, dtype)
+        yield rows.store(normed=True), rows.q
+        yield OK, np.nan_to_num(rows.cache.key_pool)
+    sums, residual = np.random.default_rng(0).integers(-2**51, 2**51, (3, 40)), normal((3, 40), 2)
+    yield operate(elementwise.finish_operation, elementwise.FINISH, rows=np.array([3]), sums=sums, columns=40, bias=normal(40),
+                  residual=residual), residual
     logits, weights = normal(1000) * np.float32(4), np.empty(1000, np.int64)
     maximum, total = sampling.weigh(logits, weights)
     yield OK, np.array([maximum])
     yield OK, np.append(weights, total)
-    tokens = [choose(logits, 0.8, 50, 0.95, philox((1, 2), (0, i, 0, 0))[0], sampling.weigh) for i in range(50)]
-    yield OK, np.array(tokens)
+    yield OK, np.array([choose(logits, 0.8, 50, 0.95, philox((1, 2), (0, i, 0, 0))[0], sampling.weigh) for i in range(50)])
 
 
-def digest() -> str:
+def digest(formats) -> str:
+    """Of the products in some formats; in all of them, of every kernel."""
     total = hashlib.sha256()
-    for status, array in outputs():
+    outputs = [products_in(name) for name in formats] + [attention_and_the_rest()] * (tuple(formats) == FORMATS)
+    for status, array in (pair for part in outputs for pair in part):
         assert status == OK and np.isfinite(array).all()
         total.update(f"{array.dtype} {array.shape}\n".encode() + array.tobytes())
     return total.hexdigest()
@@ -74,27 +92,94 @@ def _double(x):
         x[i] += x[i]
 
 
-def target() -> tuple[str, str]:
-    """The processor that Numba compiles for, and the widest vector registers in code that it made: xmm, ymm or zmm."""
+def report(*formats) -> None:
+    """Prints the processor that Numba compiles for, the kernels, the widest vector registers in code that it made, the hash."""
     _double(np.ones(64, np.float32))
     (assembly,) = _double.inspect_asm().values()
-    return cpu_target.target_context.codegen()._get_host_cpu_name(), max(re.findall(r"%([xyz]mm)\d", assembly))
+    registers = max(re.findall(r"%([xyz]mm)\d", assembly), default="none")
+    print(cpu_target.target_context.codegen()._get_host_cpu_name(), target.kernels(), registers, digest(formats))
 
 
-def supported(*features):
-    return platform.machine() == "x86_64" and all(llvmlite.binding.get_host_cpu_features().get(f) for f in features)
+@pytest.fixture(scope="module")
+def here():
+    """The digest of this process, by formats."""
+    found = {}
+    def get(formats):
+        return found.setdefault(formats, digest(formats))
+    return get
 
 
-@pytest.mark.parametrize("name, registers, features", [("x86-64", "xmm", ["sse2"]),
-                                                       ("haswell", "ymm", ["avx2", "fma", "bmi2"])])
-def test_instruction_set_changes_nothing(name, registers, features):
-    if not supported(*features):
-        pytest.skip(f"this processor is not {name}")
-    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ""}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+def other_process(statement, **variables):
+    """What another process prints. Its compiled code is kept apart: see ``numba_setup``."""
+    start = f"from llama_hpc.runtime.numba_setup import configure; configure(2); from test_instruction_sets import *; {statement}"
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_CPU", "LLAMA_HPC_KERNELS"))}
+    environment |= variables | {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [name, registers, digest()]
+    return done.stdout.split()
 
 
-if __name__ == "__main__":
-    print(*target(), digest())
+AVX2 = "avx2", "fma", "f16c"
+AVX512 = *AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl"
+PROCESSORS = [
+    ("cascadelake", "vnni", "zmm", (*AVX512, "avx512vnni")),
+    ("skylake-avx512", "avx512", "zmm", AVX512),
+    ("alderlake", "avxvnni", "ymm", (*AVX2, "avxvnni")),
+    ("haswell", "avx2", "ymm", AVX2),
+    ("x86-64", "generic", "xmm", ()),
+]
+
+
+@pytest.mark.parametrize("name, kernels, registers, features", PROCESSORS)
+def test_other_processors_give_the_same_bits(here, name, kernels, registers, features):
+    """Ones that this processor can stand in for, with registers no wider than theirs."""
+    if platform.machine() != "x86_64" or not all(llvmlite.binding.get_host_cpu_features().get(f) for f in features):
+        pytest.skip(f"this processor has not the instructions of {name}")
+    listed = ",".join(f"+{feature}" for feature in features)
+    found = other_process("report(*FORMATS)", NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=listed)
+    # What LLVM makes of loops by itself may be narrower: it avoids zmm on the first processors that have it.
+    assert found[:2] == [name, kernels] and found[2] <= registers
+    assert found[3] == here(FORMATS)
+
+
+@pytest.mark.parametrize("kernels", target.KERNELS[1:])
+def test_chosen_kernels_give_the_same_bits(here, kernels):
+    """LLAMA_HPC_KERNELS, on this processor."""
+    if target.KERNELS.index(kernels) <= target.KERNELS.index(target.kernels()) or not target.features().issuperset(
+            target._NEEDED[kernels]):
+        pytest.skip(f"this processor uses or lacks the {kernels} kernels")
+    found = other_process("report('q3_5', 'q4')", LLAMA_HPC_KERNELS=kernels)
+    assert found[1] == kernels
+    assert found[3] == here(("q3_5", "q4"))
+
+
+def elsewhere(triple: str) -> None:
+    """Prints how often instructions of another machine occur in products compiled for it, without what only x86 has, and what a
+    product made so gives here."""
+    target.is_x86 = lambda: False
+    llvmlite.binding.initialize_all_targets()
+    llvmlite.binding.initialize_all_asmprinters()
+    machine = llvmlite.binding.Target.from_triple(triple).create_target_machine(opt=3)
+    for operation in (products.bytes_product, products.float16_product):
+        # Numba's own reference counts have been lowered for x86 already.
+        source = operation._compiled._library.get_llvm_str().replace("llvm.x86.atomic.sub.cc.i64", "count")
+        assert "llvm.x86" not in source
+        module = llvmlite.binding.parse_assembly(re.sub(r"target (triple|datalayout) = .*", "", source))
+        module.triple, module.data_layout = triple, str(machine.target_data)
+        print(*(len(re.findall(rf"\b{name}\b", machine.emit_assembly(module))) for name in ("mul", "fmla")))
+    print(digest(["q3_5"]))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere every test does this")
+def test_other_architectures_can_compile_the_generic_kernels(here, tmp_path):
+    llvmlite.binding.initialize_all_targets()
+    try:
+        llvmlite.binding.Target.from_triple("aarch64-linux-gnu")
+    except RuntimeError:
+        pytest.skip("this llvmlite has no back end for aarch64")
+    # Not from the cache: code that was loaded has no source.
+    *counts, found = other_process("elsewhere('aarch64-linux-gnu')", NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="",
+                                   NUMBA_CACHE_DIR=str(tmp_path))
+    assert min(map(int, counts)) > 0
+    assert found == here(("q3_5",))
