@@ -1,7 +1,8 @@
 """Weights as bytes, and exact int8 dot products: sixteen rows at a time, for a few tokens, on any target.
 
 ``bytes64`` is 64 bytes: four k of each of 16 rows. ``Counts`` is sixteen int32 for each of a few tokens. A dot product
-(``simd_dots``) multiplies unsigned weights by signed activations and adds to the counts, which start at the correction for the weights' offset.
+(``simd_dots``) multiplies unsigned weights by signed activations and adds to the counts, which start at the correction for the
+weights' offset.
 
 A ``Kind`` says how weights lie in memory. Two neighbouring groups of 32 k of 16 rows are a pair of groups; a line of 64 bytes
 holds the factors of the pairs behind it:

@@ -1,4 +1,4 @@
-"""Every set of CPU kernels gives the same answers, and the result file says which one ran."""
+"""The chosen set of CPU kernels gives the same answers, and the result file says which one ran."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from reference_models import write_checkpoint
 from llama_hpc.kernels.cpu.target import KERNELS, kernels
 from llama_hpc.results import read_results
 
-HERE = KERNELS[KERNELS.index(kernels()) :]
 BARE = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
 
 
@@ -31,8 +30,9 @@ def run(mpirun, model, folder, weights, env):
 
 @pytest.mark.parametrize("weights", ["q8", "q3_5"])
 def test_kernels_change_nothing(mpirun, model, tmp_path, weights):
+    """The best that this processor has, and those that run anywhere; the tests of kernels compare what lies between."""
     digests = set()
-    for name in HERE:
+    for name in (kernels(), KERNELS[-1]):
         digest, used = run(mpirun, model, tmp_path, weights, {"LLAMA_HPC_KERNELS": name})
         assert used == [name]
         digests.add(digest)
@@ -42,7 +42,7 @@ def test_kernels_change_nothing(mpirun, model, tmp_path, weights):
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="not an x86-64 processor")
 def test_a_processor_without_vector_extensions_answers_the_same(mpirun, model, tmp_path):
     digest, used = run(mpirun, model, tmp_path, "q8", BARE)
-    assert used == ["float"]
+    assert used == ["generic"]
     assert digest == run(mpirun, model, tmp_path, "q8", {})[0]
 
 
