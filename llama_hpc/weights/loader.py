@@ -44,8 +44,8 @@ def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, s
 
     ``progress()`` is called after each of ``loading_steps``. The threads of ``pool`` touch the memory that they will read. With
     ``hashes``, the packed bytes of every whole tensor of the stage are hashed (SHA-256) into it on tensor rank 0; give it to all
-    ranks of a tensor group or to none. Raises CheckpointError for damaged data, and PeerFailed on the ranks that wait for one that
-    failed.
+    ranks of a tensor group or to none. Raises CheckpointError for damaged data, and PeerFailed on the ranks that wait for one
+    that failed.
     """
     loader = _Loader(checkpoint, weights_format, share, reducer, threads, progress, hashes, pool)
     if weights_format == "q3_5" and not loader.packed:
