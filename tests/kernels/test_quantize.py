@@ -5,7 +5,6 @@ import platform
 import subprocess
 import sys
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from llama_hpc.kernels import reference_quantize as reference
 from llama_hpc.kernels.cpu import quantize
 from llama_hpc.kernels.formats import Blocks, concatenate
 from llama_hpc.kernels.numerics import OK
-from llama_hpc.kernels.reference import float_embedding, matmul
+from llama_hpc.kernels.reference import embedding, matmul
 
 GEOMETRIES = [(8, 8), (12, 256), (43, 256), (48, 48), (172, 32), (288, 48), (576, 256), (896, 256), (5632, 256)]
 
@@ -200,15 +199,12 @@ def test_half_weights_are_rounded_to_even_and_multiply_as_their_values():
     values = quantize.quantize_f16(w).view(np.float16)
     np.testing.assert_array_equal(values[0], [1, 1 + 2.0**-9, 0, 2.0**-23, -65504, 0])
     assert values.dtype == np.float16 and np.signbit(values[0, 5])
-    halves = quantize.quantize_f16(gaussian(16, 43)).T.reshape(1, 43, 16)
-    x, sums = gaussian(3, 43, 1), np.empty((2, 3, 16), np.int64)
-    for out, stored in zip(sums, (halves, halves.view(np.float16).astype(np.float32)), strict=True):
-        weights = SimpleNamespace(values=stored, row_scales=np.ones(16, np.float32), columns=43, block=32)
-        assert matmul(x, np.zeros((3, 1), np.float32), weights, out, 3) == OK
-    np.testing.assert_array_equal(*sums)
-    rows = np.empty((2, 43), np.float32)
-    float_embedding(halves, 43, np.array([7, 30]), 5, 16, rows, 2)
-    np.testing.assert_array_equal(rows, [halves.view(np.float16)[0, :, 2], np.zeros(43)])
+    halves, x = quantize.quantize_f16(gaussian(16, 43)), gaussian(3, 43, 1)
+    (status, sums), other = matmul(x, halves, 32), matmul(x, halves.view(np.float16).astype(np.float32), 32)
+    assert status == other[0] == OK
+    np.testing.assert_array_equal(sums, other[1])
+    rows = embedding(halves, np.array([7, 15]), 5, 9)
+    np.testing.assert_array_equal(rows, [halves.view(np.float16)[7], np.zeros(43)])
 
 
 def test_shapes_that_do_not_fit_are_refused():
