@@ -38,7 +38,7 @@ def warm_up(weights_format: str, pool: Pool, solo) -> None:
     """Compiles, or loads from the disk cache, what a run needs for a weight format. ``solo`` is a communicator of one rank."""
     checkpoint, reducer = _TinyCheckpoint(), TensorReducer(solo)
     stage, share = whole(checkpoint.config)
-    weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=pool.threads)
+    weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=pool.threads, pool=pool)
     model = TransformerStage(checkpoint.config, stage, share, weights, reducer, pool, sequences=1, max_seq_len=16, max_rows=9,
                              max_outputs=1)
     # One rank alone never sums over a tensor group.

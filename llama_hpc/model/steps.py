@@ -15,7 +15,7 @@ class Steps:
     step.
     """
 
-    def __init__(self, pool: Pool, reducer: TensorReducer, faults: Faults, schedule: str = "dynamic"):
+    def __init__(self, pool: Pool, reducer: TensorReducer, faults: Faults, schedule: str = "steal"):
         self.pool, self.reducer, self.faults, self.schedule = pool, reducer, faults, schedule
         self.counts = np.zeros(3, np.int64)
         self.rows, self.outputs, self.runs = (self.counts[i : i + 1] for i in range(3))

@@ -108,7 +108,7 @@ class TransformerStage:
     """The part of a model that one rank computes. ``forward`` is collective over the tensor group."""
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
-                 pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, schedule: str = "dynamic"):
+                 pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, schedule: str = "steal"):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.faults = Faults()
         self.cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
