@@ -32,8 +32,8 @@ def _add_kernels(kinds) -> None:
     kernels.add_argument("--shapes", nargs="+", type=_product, default=[_product(text) for text in PRODUCTS], metavar="KxN",
                          help=f"inputs x outputs (default: {' '.join(PRODUCTS)})")
     kernels.add_argument("--tokens", nargs="+", type=whole(1, 65536), default=[1, 8, 256], metavar="M", help="default: 1 8 256")
-    kernels.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["dynamic"],
-                         help="how threads share a product (default: dynamic)")
+    kernels.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["steal"],
+                         help="how threads share a product (default: steal)")
     kernels.add_argument("--compare", action="store_true",
                          help="instead, compare scalar code, the kernels on one thread, and every schedule on the most threads")
     _add_common(kernels, 7)
