@@ -33,11 +33,16 @@ def features() -> frozenset[str]:
     return frozenset(name[1:] for name in listed.split(",") if name.startswith("+"))
 
 
+def possible() -> list[str]:
+    """The kernels that the target can run, best first."""
+    present = features()
+    return [name for name in KERNELS if present.issuperset(_NEEDED[name])]
+
+
 @cache
 def kernels() -> str:
     """The kernels of this process. Raises ValueError where LLAMA_HPC_KERNELS asks for what the target lacks."""
-    present = features()
-    able = [name for name in KERNELS if present.issuperset(_NEEDED[name])]
+    able = possible()
     asked = os.environ.get("LLAMA_HPC_KERNELS") or able[0]
     if asked not in able:
         raise ValueError(f"LLAMA_HPC_KERNELS={asked} is not possible here; this CPU can run {', '.join(able)}")
