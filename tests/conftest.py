@@ -26,3 +26,17 @@ def test_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("LLAMA_HPC_TEST_DATA does not name a folder")
     return Path(folder)
+
+
+@pytest.fixture
+def pool():
+    """The function that makes pools, which are closed behind the test."""
+    from llama_hpc.kernels.cpu.workers import Pool
+    pools = []
+
+    def make(*arguments, **keywords):
+        pools.append(Pool(*arguments, **keywords))
+        return pools[-1]
+    yield make
+    for each in pools:
+        each.close()

@@ -67,8 +67,8 @@ def products_of(x: np.ndarray, weights: Weights, *, pool: Pool | None = None, wo
     if weights.quantized:
         add_quantize(program, "x", activation, tokens)
     add_product(program, "product", activation, [weights.part(out)], weights.layout, tokens, mode, work)
-    program.run()
-    return int(program.status.max()), out
+    found = program.run()
+    return OK if found < 0 else int(program.status[found]), out
 
 
 def matmul(x: np.ndarray, weights: Weights, out: np.ndarray | None = None, work: WorkDistribution | None = None,

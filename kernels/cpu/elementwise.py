@@ -125,6 +125,14 @@ def groups_of(target):
     return whole * target.per_block + (rest + GROUP - 1) // GROUP
 
 
+@njit(cache=True)
+def _quantize_row(target, row):
+    status = OK
+    for group in range(groups_of(target)):
+        status |= quantize_group(target, row, group)
+    return status
+
+
 @operation
 def norm_operation(member, where):
     """RMS norm of rows of the residual (all, or the ``selected`` ones), then their quantised form."""
@@ -139,8 +147,7 @@ def norm_operation(member, where):
             status |= rms_norm(float32_at(source), int32_at(source), op.columns, float32_at(op.weight), float64_at(op.eps)[0],
                                float32_at(target.values + 4 * target.stride * row))
             if target.x and not status:
-                for group in range(groups_of(target)):
-                    status |= quantize_group(target, row, group)
+                status |= _quantize_row(target, row)
         first, last = chunk(op.team, member, work, rows)
     if status:
         atomic_or(op.status, status)
@@ -156,8 +163,7 @@ def quantize_operation(member, where):
     first, last = chunk(op.team, member, work, rows)
     while last > first:
         for row in range(first, last):
-            for group in range(groups_of(target)):
-                status |= quantize_group(target, row, group)
+            status |= _quantize_row(target, row)
         first, last = chunk(op.team, member, work, rows)
     if status:
         atomic_or(op.status, status)

@@ -41,7 +41,10 @@ def _all(llvm_vector, value):
 
 
 class Dots:
-    """What the instruction sets share. ``signed``: weights count as what they are less 128, not as what is stored."""
+    """What the instruction sets share; each adds ``step``, a group's sum with one more dot product.
+
+    ``signed``: weights count as what they are less 128, not as what is stored.
+    """
 
     signed = False
 
@@ -65,10 +68,6 @@ class Dots:
     def start(self, builder, counts):
         """The sum of a group, from the counts that it is to be added to."""
         return counts
-
-    def step(self, builder, total, weights, activations):
-        """A group's sum with one more dot product."""
-        raise NotImplementedError
 
     def finish(self, builder, counts, total):
         """The counts with a group's sum."""

@@ -16,7 +16,7 @@ from .memory import address, aligned
 from .placement import touch
 from .products import PART
 from .simd_int8 import BYTES, KINDS, PAIR_ORDER, STEPS
-from .workers import PANEL, NumaHint, Pool
+from .workers import PANEL, Pool, WorkDistribution
 
 LANES = 16
 BEHIND = 32 << 10               # bytes behind the last tile that a prefetch may name
@@ -75,10 +75,10 @@ def layout_of(weights_format: str) -> str:
 
 
 def allocate(weights_format: str, rows: int, blocks: Blocks, codebook=None, pool: Pool | None = None,
-             numa: NumaHint | None = None) -> Weights:
+             work: WorkDistribution | None = None) -> Weights:
     """Room for ``rows`` rows of weights in a format (``q3_5``: with its codebook), to be given to ``fill``.
 
-    With a pool its threads touch the memory first, as ``numa`` says (default local: each what it will read of a product with
+    With a pool its threads touch the memory first, as ``work.numa`` says (default local: each what it will read of a product with
     schedule ``static``, or first with ``steal``).
     """
     layout, tiles = layout_of(weights_format), -(-rows // LANES)
@@ -86,9 +86,9 @@ def allocate(weights_format: str, rows: int, blocks: Blocks, codebook=None, pool
     if layout not in KINDS:
         scales[:] = 1
         dtype = np.dtype(np.float32 if layout == "f32" else np.uint16)
-        data = _zeros(tiles, blocks.size * LANES * dtype.itemsize, pool, numa).view(dtype)
+        data = _zeros(tiles, blocks.size * LANES * dtype.itemsize, pool, work).view(dtype)
         return Weights(layout, rows, blocks, data.reshape(tiles, blocks.size, LANES), scales)
-    data = _zeros(tiles, KINDS[layout].tile_bytes(blocks.groups), pool, numa)
+    data = _zeros(tiles, KINDS[layout].tile_bytes(blocks.groups), pool, work)
     table = None
     if layout == "codes":
         table = aligned(2 * CODEBOOK_SIZE, np.int8)
@@ -96,12 +96,12 @@ def allocate(weights_format: str, rows: int, blocks: Blocks, codebook=None, pool
     return Weights(layout, rows, blocks, data, scales, table, codebook)
 
 
-def _zeros(tiles: int, tile_bytes: int, pool: Pool | None, numa: NumaHint | None) -> np.ndarray:
+def _zeros(tiles: int, tile_bytes: int, pool: Pool | None, work: WorkDistribution | None) -> np.ndarray:
     """int8 zeros [tiles, tile_bytes], and BEHIND of them behind."""
     size = tiles * tile_bytes
     data = aligned(size + BEHIND, np.int8, 0 if pool is None else None)
     if pool is not None:
-        touch(pool, data[:size], PANEL // LANES * tile_bytes, numa or NumaHint.local())
+        touch(pool, data[:size], PANEL // LANES * tile_bytes, (work or WorkDistribution()).numa)
         data[size:] = 0
     return data[:size].reshape(tiles, tile_bytes)
 

@@ -87,7 +87,7 @@ class WorkDistribution:
     def for_attention(cls, heads: int, length: int, schedule: str = "dynamic") -> "WorkDistribution":
         """For attention over ``length`` positions: one head at a time, or several where they are short."""
         smallest = max(1, min(heads, 256 // max(1, length)))
-        return cls(schedule, smallest, max(smallest, heads, 1), numa=NumaHint.local())
+        return cls(schedule, smallest, max(smallest, heads, 1))
 
     def record(self, threads: int, unit: int = 1) -> np.ndarray:
         """What compiled code reads, for a pool of ``threads``; a task is ``unit`` of what min_chunk and max_chunk count."""

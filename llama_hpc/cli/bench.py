@@ -3,9 +3,8 @@
 import argparse
 
 from llama_hpc.bench.shapes import SHAPES
-from llama_hpc.cli.options import whole
+from llama_hpc.cli.options import FORMATS, whole
 
-FORMATS = ("q3_5", "q4", "q8", "f16", "f32")
 SCHEDULES = ("static", "dynamic", "guided", "nested", "tiled", "steal")
 CASES = ("decode", "prefill", "batch")
 PRODUCTS = ("4096x4096", "11008x4096", "8192x28672")

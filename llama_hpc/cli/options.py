@@ -2,6 +2,8 @@
 
 import argparse
 
+FORMATS = ("q3_5", "q4", "q8", "f16", "f32")      # of weights
+
 
 def whole(lowest: int, highest: int | None = None):
     """An argparse type: a whole number within bounds."""
@@ -25,7 +27,7 @@ def add_model(parser: argparse.ArgumentParser, needs_model: bool = True) -> None
 
 def add_weights(parser) -> None:
     """The format of the weights; None stands for the default, see ``checkpoint.weights_format``."""
-    parser.add_argument("--weights", choices=("q3_5", "q4", "q8", "f16", "f32"),
+    parser.add_argument("--weights", choices=FORMATS,
                         help="weight format (default: q8, or that of a model that is quantised already)")
 
 

@@ -3,9 +3,7 @@
 import argparse
 import os
 
-from llama_hpc.cli.options import whole
-
-FORMATS = ("q3_5", "q4", "q8", "f16", "f32")
+from llama_hpc.cli.options import FORMATS, whole
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:

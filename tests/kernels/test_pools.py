@@ -18,19 +18,6 @@ from llama_hpc.kernels.cpu.workers import Pool, WorkDistribution
 from llama_hpc.runtime.topology import thread_places
 
 
-@pytest.fixture
-def pool():
-    """The function that makes pools, which are closed behind the test."""
-    pools = []
-
-    def make(*arguments, **keywords):
-        pools.append(Pool(*arguments, **keywords))
-        return pools[-1]
-    yield make
-    for each in pools:
-        each.close()
-
-
 def _workers():
     return [thread for thread in threading.enumerate() if thread.name.startswith("member-")]
 

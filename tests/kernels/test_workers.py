@@ -16,19 +16,6 @@ from llama_hpc.kernels.cpu.workers import NumaHint, Pool, WorkDistribution, Work
 from llama_hpc.kernels.formats import Blocks
 
 
-@pytest.fixture
-def pool():
-    """The function that makes pools, which are closed behind the test."""
-    pools = []
-
-    def make(*arguments, **keywords):
-        pools.append(Pool(*arguments, **keywords))
-        return pools[-1]
-    yield make
-    for each in pools:
-        each.close()
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
 def test_every_task_once(pool, threads):
     """All schedules and sizes one after the other in one program, several times: what one loop leaves behind meets the next."""
@@ -200,7 +187,7 @@ def test_weights_are_touched_by_the_pool(pool, weights_format):
         used = np.full(serial.data.nbytes, 1, np.uint8)
         del used
         team.reset()
-        weights = allocate(weights_format, rows, blocks, pool=team, numa=numa)
+        weights = allocate(weights_format, rows, blocks, pool=team, work=numa and WorkDistribution(numa=numa))
         assert weights.data.shape == serial.data.shape and weights.data.dtype == serial.data.dtype and not weights.data.any()
         assert set(team.stats().tasks_of_member) <= tasks
     start = weights.data.__array_interface__["data"][0]
