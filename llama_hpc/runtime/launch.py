@@ -4,10 +4,12 @@ Nothing here imports MPI before :func:`world` is called.
 """
 
 import os
+import re
 import sys
 import time
 
 from llama_hpc.errors import LaunchError
+from llama_hpc.runtime.topology import node_cores
 
 # (variable of the rank, variable of the number of tasks) of Open MPI, MPICH and its kin, Flux, SLURM; the first one set
 # decides. mpirun starts its daemons through srun inside a SLURM job: there SLURM's variables count daemons, so they
@@ -19,11 +21,19 @@ _LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
+# Number of tasks on this node, of Open MPI and MPICH; of SLURM a list for all nodes, as in 4(x3),2.
+_LOCAL_TASKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE")
+
+# What makes ranks that wait inside of MPI give way, in Open MPI and MPICH. Without it a waiting rank holds its core until
+# the kernel takes it away, and ranks that share cores can take minutes for a step of milliseconds.
+_GIVE_WAY = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
+
 
 def world():
     """MPI.COMM_WORLD, initialising MPI on the first call (collective then, as MPI_Init is).
 
-    The thread level is SERIALIZED: any thread may call MPI, one at a time.
+    The thread level is SERIALIZED: any thread may call MPI, one at a time. With more ranks than cores on this node, those
+    that wait give way.
     Raises LaunchError (collective) when no MPI library can be loaded.
     """
     import mpi4py
@@ -32,6 +42,9 @@ def world():
         mpi4py.rc.thread_level = "serialized"
         # Open MPI's UCX component prints an error line for every window where there is no such network.
         os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+        if local_tasks() > node_cores():
+            for name, value in _GIVE_WAY.items():
+                os.environ.setdefault(name, value)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -66,6 +79,14 @@ def expected_tasks() -> int | None:
         if rank in os.environ and os.environ.get(size, "").isdecimal():
             return int(os.environ[size])
     return None
+
+
+def local_tasks() -> int:
+    """How many processes the launcher says it started on this node (under SLURM at most), without MPI; else 1."""
+    for name in _LOCAL_TASKS:
+        if counts := re.findall(r"(?:^|,)(\d+)", os.environ.get(name, "")):
+            return max(map(int, counts))
+    return 1
 
 
 def is_first() -> bool:

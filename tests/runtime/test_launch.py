@@ -52,6 +52,49 @@ def test_lonely_ranks_of_srun_are_told_the_fix(environment):
     assert caught.value.collective
 
 
+LOCAL = {
+    "alone": ({}, 1),
+    "mpirun of Open MPI in sbatch": ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, 3),
+    "mpirun of MPICH": ({"MPI_LOCALNRANKS": "2"}, 2),
+    "srun": ({"SLURM_STEP_TASKS_PER_NODE": "4(x3),12"}, 12),
+}
+
+
+@pytest.mark.parametrize("case", LOCAL)
+def test_tasks_of_the_node(monkeypatch, case):
+    for name in launch._LOCAL_TASKS:
+        monkeypatch.delenv(name, raising=False)
+    variables, tasks = LOCAL[case]
+    for item in variables.items():
+        monkeypatch.setenv(*item)
+    assert launch.local_tasks() == tasks
+
+
+WAITING = """
+import time
+from llama_hpc.runtime import launch
+from llama_hpc.runtime.topology import node_cores
+comm = launch.world()
+comm.Barrier()
+before, start = time.process_time(), time.monotonic()
+if comm.rank == 0:
+    time.sleep(2)
+comm.Barrier()
+used = comm.allreduce(time.process_time() - before)
+assert comm.size == node_cores() + 2
+if comm.rank == 0:
+    print(used / (time.monotonic() - start))
+"""
+
+
+def test_ranks_that_wait_give_way(mpirun):
+    """More ranks than cores: those that wait inside of MPICH leave the cores to others."""
+    from llama_hpc.runtime.topology import node_cores
+    job = mpirun(node_cores() + 2, ["-c", WAITING], mpi="mpich")
+    assert job.returncode == 0, job.stderr
+    assert float(job.stdout) < 0.5 * node_cores()
+
+
 CHECK = """
 from llama_hpc.runtime import abort, launch
 import sys
