@@ -5,10 +5,16 @@ record (a NumPy structured array) that is filled once, when a program is built. 
 references, and nothing checks an index or takes a negative one for one from the end.
 """
 
+import contextlib
+import mmap
+
 import numpy as np
 from llvmlite import ir
 from numba import from_dtype, types
 from numba.extending import intrinsic
+
+
+LINE, HUGE_PAGE, SLAB = 64, 2 << 20, 64 << 20
 
 
 def record(*names: str) -> np.dtype:
@@ -26,12 +32,43 @@ def aligned(shape, dtype, fill=None) -> np.ndarray:
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -address(raw) % 64
-    array = raw[start : start + size].view(dtype).reshape(shape)
+    array = _slab.take(size).view(dtype).reshape(shape)
     if fill is not None:
         array[...] = fill
     return array
+
+
+class _Slab:
+    """Memory that the system is asked to back with huge pages: arrays that are used one after the other lie one behind the other.
+
+    Reading weights at the speed of memory needs few entries of the address translation's caches. Room is never given out
+    again; a slab is freed with the last of its arrays.
+    """
+
+    def __init__(self):
+        self._bytes, self._used = np.empty(0, np.uint8), 0
+
+    def take(self, size: int) -> np.ndarray:
+        """uint8 [size] at a multiple of 64 bytes."""
+        first = -(-self._used // LINE) * LINE
+        if first + size > self._bytes.size:
+            self._bytes, first = self._fresh(max(size, SLAB)), 0
+        self._used = first + size
+        return self._bytes[first : first + size]
+
+    @staticmethod
+    def _fresh(size: int) -> np.ndarray:
+        """uint8 [size], zeros that take no memory before they are touched, from the start of a huge page on."""
+        pages = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # A kernel without huge pages refuses.
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        raw = np.frombuffer(pages, np.uint8)
+        start = -address(raw) % HUGE_PAGE
+        return raw[start : start + size]
+
+
+_slab = _Slab()
 
 
 def _view(element):
@@ -51,6 +88,12 @@ def float32_at(typing_context, where):
 def int8_at(typing_context, where):
     """A pointer to int8 at an address, for the loads and stores of ``simd``."""
     return _view(types.int8)
+
+
+@intrinsic
+def uint8_at(typing_context, where):
+    """A pointer to uint8 at an address."""
+    return _view(types.uint8)
 
 
 @intrinsic

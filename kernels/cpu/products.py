@@ -34,8 +34,8 @@ CHUNK = 48                      # tokens that are multiplied at a time
 LIMIT_BITS, OUTPUT_BITS = (BLOCK_LIMIT * FIXED).view(np.int32), OUTPUT_LIMIT.view(np.int32)
 
 # One matrix: kernel weights, the bias of its outputs (0: none), and where its outputs go, in elements from row to row.
-PART = record("data", "table", "row_scales", "bias", "tile_bytes", "rows", "groups", "per_block", "out", "stride", "columns",
-              "block")
+PART = record("data", "table", "row_scales", "bias", "tile_bytes", "panel_bytes", "rows", "groups", "per_block", "out", "stride",
+              "columns", "block")
 PRODUCT = record("team", "status", "work", "tokens", "activation", "parts", "count", "mode", "block_panels", "gated", "following")
 
 
@@ -88,14 +88,14 @@ def _integer_totals(kind, part, panel, activation, first, rows, totals, followin
     data, table, row_scales = int8_at(part.data), int8.load_table(kind, int8_at(part.table)), float32_at(part.row_scales)
     x, x_scales, corrections = int8_at(activation.x), float32_at(activation.scales), int32_at(activation.corrections)
     _clear(int64_at(totals), rows * WIDTH)
-    largest, tile, end = int8.no_bits(), 2 * panel, 2 * (panel + 1) * part.tile_bytes
+    largest, at, column = int8.no_bits(), panel * part.panel_bytes, np.int64(0)
+    end = at + 2 * part.tile_bytes
     jump = following - (part.data + end)
-    while tile < 2 * panel + 2 and tile * LANES < part.rows:
-        scales = simd.multiply(simd.load(row_scales, tile * LANES), simd.splat(FIXED))
-        largest = integer_tile(kind, data, tile * part.tile_bytes, table, part.groups, part.per_block, x, x_scales, corrections,
-                               activation.capacity, first, rows, scales, int64_at(totals), (tile - 2 * panel) * LANES, end, jump,
-                               largest)
-        tile += 1
+    while column < WIDTH and panel * WIDTH + column < part.rows:
+        scales = simd.multiply(simd.load(row_scales, panel * WIDTH + column), simd.splat(FIXED))
+        largest = integer_tile(kind, data, at, table, part.groups, part.per_block, x, x_scales, corrections, activation.capacity,
+                               first, rows, scales, int64_at(totals), column, end, jump, largest)
+        at, column = at + part.tile_bytes, column + LANES
     return not int8.all_below(largest, LIMIT_BITS)
 
 
@@ -216,10 +216,10 @@ def _following(op, parts, number, panel):
     the first part of the next product."""
     part = parts[number]
     if op.mode == GATED and number == 0:
-        return parts[1].data + 2 * panel * parts[1].tile_bytes
+        return parts[1].data + panel * parts[1].panel_bytes
     if (panel + 1) * WIDTH < part.rows:
         own = parts[0] if op.mode == GATED else part
-        return own.data + 2 * (panel + 1) * own.tile_bytes
+        return own.data + (panel + 1) * own.panel_bytes
     return parts[number + 1].data if number + 1 < op.count else op.following
 
 

@@ -3,20 +3,21 @@
 Their size follows from the number of columns, so that a model of them stays within the range of exact sums.
 """
 
+import itertools
 from math import sqrt
 
 import numpy as np
 
 from llama_hpc.kernels.codebook import start_codebook
 from llama_hpc.kernels.cpu.simd_int8 import KINDS
-from llama_hpc.kernels.cpu.weights import Weights, allocate
+from llama_hpc.kernels.cpu.weights import Weights, allocate, allocate_pair
 from llama_hpc.kernels.formats import FACTORS, Blocks, Packed, table_format
 from llama_hpc.model.attention import AttentionWeights
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.layer import LayerWeights
 from llama_hpc.model.linear import NO_BIAS, LinearWeights
 from llama_hpc.model.mlp import MLPWeights
-from llama_hpc.model.sizes import projections, whole
+from llama_hpc.model.sizes import Projection, projections, whole
 from llama_hpc.model.transformer import StageWeights
 
 BANK = 1 << 22                  # bytes, or numbers, that are drawn; larger matrices repeat them
@@ -36,8 +37,15 @@ class RandomWeights:
 
     def matrix(self, weights_format: str, rows: int, blocks: Blocks) -> Weights:
         """Kernel weights [rows, blocks.size]."""
-        weights = allocate(weights_format, rows, blocks, CODEBOOK if weights_format == "q3_5" else None)
-        size = 1 / sqrt(max(1, blocks.size))
+        return self._drawn(weights_format, allocate(weights_format, rows, blocks, _codebook(weights_format)))
+
+    def pair(self, weights_format: str, rows: int, blocks: Blocks) -> list[Weights]:
+        """The same for gate and up."""
+        both = allocate_pair(weights_format, rows, blocks, [_codebook(weights_format)] * 2)
+        return [self._drawn(weights_format, each) for each in both]
+
+    def _drawn(self, weights_format: str, weights: Weights) -> Weights:
+        size = 1 / sqrt(max(1, weights.blocks.size))
         if not weights.quantized:
             _repeat(self._plain(weights_format, size), weights.data)
             return weights
@@ -46,7 +54,7 @@ class RandomWeights:
             weights.row_scales[:] = size / (_FACTORS * (_PAIRS if weights.layout == "codes" else _EIGHT_BITS))
             return weights
         # A line of factors, then the codes of the pair of groups behind it.
-        lines = weights.data.view(np.float16).reshape(len(weights.data), -1, 1 + KINDS[weights.layout].vectors, 32)[:, :, 0]
+        lines = weights.data.view(np.float16).reshape(len(weights.data), 2, -1, 1 + KINDS[weights.layout].vectors, 32)[..., 0, :]
         lines[:] = np.resize(self._factors(weights_format, size, lines.size // max(1, len(lines))), lines.shape[1:])
         weights.row_scales[:] = 1
         return weights
@@ -76,34 +84,38 @@ class RandomWeights:
         return np.where(np.resize(self._bytes, count) & 1, size / spread, -size / spread).astype(np.float16)
 
 
+def _codebook(weights_format: str) -> np.ndarray | None:
+    return CODEBOOK if weights_format == "q3_5" else None
+
+
 def random_stage(config: ModelConfig, weights_format: str) -> StageWeights:
     """All weights of a model of this shape: random matrices, norms of ones, biases of zeros."""
-    random, head_dim = RandomWeights(), config.head_dim
+    random, head_dim, hidden = RandomWeights(), config.head_dim, config.hidden_size
     found = iter(projections(config, *whole(config)))
-    def linear(name: str, biased: bool) -> LinearWeights:
-        matrix = next(found)
-        weights = random.matrix(table_format(weights_format, name) if matrix.table else weights_format, matrix.rows,
-                                Blocks(matrix.columns, matrix.block))
-        return LinearWeights(weights, np.zeros(matrix.rows, np.float32) if biased else NO_BIAS)
+    def matrix(shape: Projection) -> Weights:
+        kind = table_format(weights_format, shape.table) if shape.table else weights_format
+        return random.matrix(kind, shape.rows, Blocks(shape.columns, shape.block))
+    def linear(weights: Weights, biased: bool) -> LinearWeights:
+        return LinearWeights(weights, np.zeros(weights.rows, np.float32) if biased else NO_BIAS)
     layers = []
     for _ in range(config.num_layers):
-        # The order of ``projections``.
-        parts = {name: linear(name, biased) for name, biased in (
-            ("q", config.attention_bias), ("k", config.attention_bias), ("v", config.attention_bias), ("gate", config.mlp_bias),
-            ("up", config.mlp_bias), ("o", config.output_bias), ("down", config.mlp_bias))}
+        q, k, v, gate, _, o, down = itertools.islice(found, 7)
         norms = (np.ones(head_dim, np.float32), np.ones(head_dim, np.float32)) if config.qk_norm else ()
-        attention = AttentionWeights(parts["q"], parts["k"], parts["v"], parts["o"], *norms)
-        layers.append(LayerWeights(np.ones(config.hidden_size, np.float32), attention, np.ones(config.hidden_size, np.float32),
-                                   MLPWeights(parts["gate"], parts["up"], parts["down"])))
-    embedding = linear("embedding", False)
-    head = embedding if config.tie_embeddings else linear("head", False)
+        attention = AttentionWeights(*(linear(matrix(shape), config.attention_bias) for shape in (q, k, v)),
+                                     linear(matrix(o), config.output_bias), *norms)
+        pair = random.pair(weights_format, gate.rows, Blocks(gate.columns, gate.block))
+        mlp = MLPWeights(*(linear(weights, config.mlp_bias) for weights in (*pair, matrix(down))))
+        layers.append(LayerWeights(np.ones(hidden, np.float32), attention, np.ones(hidden, np.float32), mlp))
+    embedding = linear(matrix(next(found)), False)
+    head = embedding if config.tie_embeddings else linear(matrix(next(found)), False)
     plain = weights_format in ("f16", "f32")
-    return StageWeights(not plain, weights_format != "f32", layers, embedding, np.ones(config.hidden_size, np.float32), head)
+    return StageWeights(not plain, weights_format != "f32", layers, embedding, np.ones(hidden, np.float32), head)
 
 
 def _repeat(bank: np.ndarray, target: np.ndarray) -> None:
-    """Fills a C-contiguous array with copies of the bank."""
-    flat = target.reshape(-1)
-    for first in range(0, flat.size, bank.size):
-        part = flat[first : first + bank.size]
-        part[:] = bank[: part.size]
+    """Fills an array whose panels are contiguous with copies of parts of the bank."""
+    size, first = target[:1].size, 0
+    for panel in target:
+        first = first if first + size <= bank.size else 0
+        panel[...] = np.resize(bank[first : first + size], panel.shape)
+        first += size

@@ -142,7 +142,7 @@ class TransformerStage:
         steps.program.add((0, ("embedding",)), elementwise.embedding_operation, elementwise.EMBEDDING,
                           ONE_TASK.record(steps.pool.threads), rows=steps.rows, tokens=b.tokens,
                           first=self.share.vocabulary.start, held=table.rows, columns=self.config.hidden_size, data=table.data,
-                          tile_bytes=table.data.strides[0], form=forms[table.layout], out=b.residual, stride=b.residual.shape[1])
+                          tile_bytes=table.data.strides[1], form=forms[table.layout], out=b.residual, stride=b.residual.shape[1])
         if self.reducer.size > 1:
             steps.exchange(self.reducer.sum_disjoint, b.residual)
 

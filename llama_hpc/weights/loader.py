@@ -16,7 +16,7 @@ from llama_hpc.errors import CheckpointError
 from llama_hpc.kernels import formats
 from llama_hpc.kernels.codebook import fit_codebook, sample_rows
 from llama_hpc.kernels.cpu.quantize import quantize_f16, quantize_q3_5, quantize_q4, quantize_q8, row_maxima
-from llama_hpc.kernels.cpu.weights import allocate, fill
+from llama_hpc.kernels.cpu.weights import Weights, allocate, allocate_pair, fill
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.kernels.formats import LARGEST_WEIGHT, table_format
 from llama_hpc.kernels.numerics import BLOCK, INFINITY_BITS, down_block
@@ -165,9 +165,7 @@ class _Loader:
             column("q", q_rows, config.attention_bias), column("k", kv_rows, config.attention_bias),
             column("v", kv_rows, config.attention_bias), row("o", q_rows, config.output_bias),
             *((self.vector(prefix + "q_norm"), self.vector(prefix + "k_norm")) if config.qk_norm else ()))
-        mlp = MLPWeights(
-            column("gate", share.ffn, config.mlp_bias), column("up", share.ffn, config.mlp_bias),
-            row("down", share.ffn, config.mlp_bias))
+        mlp = MLPWeights(*self.gate_up(prefix), row("down", share.ffn, config.mlp_bias))
         return LayerWeights(self.vector(prefix + "attention_norm"), attention, self.vector(prefix + "mlp_norm"), mlp)
 
     def vector(self, name: str, rows: range | None = None) -> np.ndarray:
@@ -176,18 +174,32 @@ class _Loader:
         self._check(name, row_maxima(values[:, None]), rows or range(len(values)))
         return values
 
+    def gate_up(self, prefix: str) -> list[LinearWeights]:
+        """The two matrices of one product, whose panels alternate in memory."""
+        names, rows, width = (prefix + "gate", prefix + "up"), self.share.ffn, self.config.hidden_size
+        both = allocate_pair(self.format, len(rows), formats.Blocks(width, BLOCK), [self.codebook_of(name) for name in names],
+                             self.pool)
+        return [self.filled(weights, name, rows, None, self.format, f"{name}_bias" if self.config.mlp_bias else None)
+                for weights, name in zip(both, names, strict=True)]
+
     def linear(self, name: str, rows: range, columns: range | None, block: int, weights_format: str,
                bias: str | None = None) -> LinearWeights:
         """Rows and columns (None: all) of a projection in a weight format, and these rows of its bias."""
-        whole = self.checkpoint.shape(name)[1]
-        blocks = formats.Blocks(whole if columns is None else len(columns), block)
-        held: list = []
-        codebook = self.codebooks.get(name)
+        blocks = formats.Blocks(self.checkpoint.shape(name)[1] if columns is None else len(columns), block)
+        weights = allocate(weights_format, len(rows), blocks, self.codebook_of(name), self.pool)
+        return self.filled(weights, name, rows, columns, weights_format, bias)
+
+    def codebook_of(self, name: str) -> np.ndarray | None:
+        """The codebook that was fitted, or is stored with the matrix; None without one."""
+        return getattr(self.packed(name, slice(0)), "codebook", None) if self.packed else self.codebooks.get(name)
+
+    def filled(self, weights: Weights, name: str, rows: range, columns: range | None, weights_format: str,
+               bias: str | None) -> LinearWeights:
+        """Room that was allocated for these rows and columns, with their weights in it."""
         if self.packed:
-            self._check_coding(name, weights_format, block)
-            codebook = getattr(self.packed(name, slice(0)), "codebook", None)
-        weights = allocate(weights_format, len(rows), blocks, codebook, self.pool)
-        for first, part in self.parts(name, rows, columns, blocks, weights_format):
+            self._check_coding(name, weights_format, weights.blocks.block)
+        held: list = []
+        for first, part in self.parts(name, rows, columns, weights.blocks, weights_format):
             fill(weights, first, part)
             if self.hashes is not None:
                 held.append(part)

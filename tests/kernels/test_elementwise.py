@@ -199,7 +199,7 @@ def test_embedding(first, held, columns, weights_format):
     for threads in (1, 2):
         out = np.full((9, columns + 4), np.nan, np.float32)
         assert operate(elementwise.embedding_operation, elementwise.EMBEDDING, threads, rows=np.array([8]), tokens=TOKENS,
-                       first=first, held=held, columns=columns, data=weights.data, tile_bytes=weights.data.strides[0],
+                       first=first, held=held, columns=columns, data=weights.data, tile_bytes=weights.data.strides[1],
                        form=FORMS[weights_format], out=out, stride=out.shape[1]) == OK
         assert_same(out[:8, :columns], expected[:8])
         assert np.isnan(out[8]).all() and np.isnan(out[:, columns:]).all()
