@@ -13,7 +13,6 @@ from llvmlite import ir
 from numba import from_dtype, types
 from numba.extending import intrinsic
 
-
 LINE, HUGE_PAGE, SLAB = 64, 2 << 20, 64 << 20
 
 

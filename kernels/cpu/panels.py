@@ -22,6 +22,7 @@ UNIT_BYTES = UNIT * GROUP
 # Register tiles: tokens whose counts, nearly with their chains, fit into 32 registers of 16 rows, or 16 of 8 or of 4.
 WIDE, MIDDLE = {512: (8, 4), 256: (4, 2)}.get(target.vector_bits(), (2, 2))
 AHEAD_ONE, AHEAD_MANY = 7680, 12288             # bytes to prefetch ahead of the weights in use
+AHEAD_BETWEEN = 1024                            # and how many more between two panels
 
 
 @njit(cache=True)
@@ -37,6 +38,7 @@ def _register_tile(kind, zeros, data, at, table, groups, per_block, x, x_scales,
     for pair in range((groups + 1) // 2):
         if pair % int8.line_pairs_of(kind) == 0:
             line = int8.load_bytes(data, at)
+            int8.prefetch_to_read(data, at + (ahead + jump if at + ahead >= end else ahead))
             at += int8.BYTES
         later = at + ahead
         raw = int8.load_raw(kind, data, at, ahead + jump if later >= end else ahead)

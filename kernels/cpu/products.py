@@ -24,7 +24,7 @@ from .memory import (
     record_pointer,
 )
 from .operation import operation
-from .panels import LANES, WIDE, WIDTH, integer_tile
+from .panels import AHEAD_BETWEEN, AHEAD_ONE, LANES, WIDE, WIDTH, integer_tile
 from .panels_float import float_panel
 from .places import cache_sizes
 from .team import SCRATCH, TILED, begin, chunk, member_words, work_at
@@ -224,6 +224,13 @@ def _following(op, parts, number, panel):
 
 
 @njit(cache=True)
+def _ask_for(where):
+    """Asks for weights behind those that are on their way, for the time until some are multiplied again."""
+    for line in range(0, AHEAD_BETWEEN, int8.BYTES):
+        int8.prefetch_to_read(int8_at(where), line)
+
+
+@njit(cache=True)
 def _panel(kind, op, activation, parts, panel, first, rows, scratch):
     """A panel of whichever part it belongs to, for at most CHUNK rows, first …, of the activations.
 
@@ -239,6 +246,8 @@ def _panel(kind, op, activation, parts, panel, first, rows, scratch):
         following = _following(op, parts, number + i, local)
         beyond = _totals(kind, parts[number + i], local, activation, first, rows, scratch + i * CHUNK * WIDTH * 8, following)
         status |= OUT_OF_RANGE << (2 * (number + i)) if beyond else 0
+    if rows < WIDE:
+        _ask_for(following + AHEAD_ONE)
     if op.mode == GATED:
         return status | _gated(parts[0], parts[1], panel, first, rows, scratch, carray(activation_at(op.gated), 1)[0])
     return status | _outputs(parts[number], local, op.mode, first, rows, scratch) << (2 * number)

@@ -215,7 +215,7 @@ def load_raw(typing_context, kind, array, index, ahead):
     def codegen(context, builder, signature, arguments):
         _, array_value, index, ahead = arguments
         later = builder.add(index, ahead)
-        for j in range(-1, kind.vectors):
+        for j in range(0, kind.vectors):
             _prefetch(context, builder, array, array_value, builder.add(later, ir.Constant(index.type, j * BYTES)))
         if kind.layout != "codes":
             return _pointer(context, builder, array, array_value, index)
@@ -378,6 +378,15 @@ def prefetch_to_write(typing_context, array, index):
     """Asks for the cache line of array[index], which will be written."""
     def codegen(context, builder, signature, arguments):
         _prefetch(context, builder, array, *arguments, write=1)
+        return context.get_dummy_value()
+    return types.void(array, types.intp), codegen
+
+
+@intrinsic
+def prefetch_to_read(typing_context, array, index):
+    """Asks for the cache line of array[index]."""
+    def codegen(context, builder, signature, arguments):
+        _prefetch(context, builder, array, *arguments)
         return context.get_dummy_value()
     return types.void(array, types.intp), codegen
 

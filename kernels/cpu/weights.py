@@ -26,8 +26,8 @@ _ORDER = np.array(PAIR_ORDER)
 class Weights:
     """``rows`` x ``blocks.size`` weights. ``layout``: ``codes``, ``bytes``, ``halves``, ``nibble``, ``f32`` or ``f16``.
 
-    ``data``: int8 [panels, 2, bytes of a tile], where between panels may lie those of another matrix, or float32 or uint16 [panels,
-    2, columns, 16]; ``row_scales`` float32 [panels * 32]; ``table`` int8 [256]: the codebook of ``codes`` offset by 128, first
+    ``data``: int8 [panels, 2, bytes of a tile] (between panels may lie those of another matrix), or float32 or uint16 [panels, 2,
+    columns, 16]; ``row_scales`` float32 [panels * 32]; ``table`` int8 [256]: the codebook of ``codes`` offset by 128, first
     values of the pairs first.
     """
 
@@ -83,7 +83,8 @@ def allocate(weights_format: str, rows: int, blocks: Blocks, codebook=None, pool
     """
     layout = layout_of(weights_format)
     if layout in KINDS:
-        return _weights(layout, rows, blocks, _zeros(_panels(rows), 2, KINDS[layout].tile_bytes(blocks.groups), pool, work), codebook)
+        data = _zeros(_panels(rows), 2, KINDS[layout].tile_bytes(blocks.groups), pool, work)
+        return _weights(layout, rows, blocks, data, codebook)
     dtype = np.dtype(np.float32 if layout == "f32" else np.uint16)
     data = _zeros(_panels(rows), 2, blocks.size * LANES * dtype.itemsize, pool, work).view(dtype)
     return _weights(layout, rows, blocks, data.reshape(_panels(rows), 2, blocks.size, LANES))

@@ -177,8 +177,8 @@ class _Loader:
     def gate_up(self, prefix: str) -> list[LinearWeights]:
         """The two matrices of one product, whose panels alternate in memory."""
         names, rows, width = (prefix + "gate", prefix + "up"), self.share.ffn, self.config.hidden_size
-        both = allocate_pair(self.format, len(rows), formats.Blocks(width, BLOCK), [self.codebook_of(name) for name in names],
-                             self.pool)
+        codebooks = [self.codebook_of(name, BLOCK, self.format) for name in names]
+        both = allocate_pair(self.format, len(rows), formats.Blocks(width, BLOCK), codebooks, self.pool)
         return [self.filled(weights, name, rows, None, self.format, f"{name}_bias" if self.config.mlp_bias else None)
                 for weights, name in zip(both, names, strict=True)]
 
@@ -186,18 +186,19 @@ class _Loader:
                bias: str | None = None) -> LinearWeights:
         """Rows and columns (None: all) of a projection in a weight format, and these rows of its bias."""
         blocks = formats.Blocks(self.checkpoint.shape(name)[1] if columns is None else len(columns), block)
-        weights = allocate(weights_format, len(rows), blocks, self.codebook_of(name), self.pool)
+        weights = allocate(weights_format, len(rows), blocks, self.codebook_of(name, block, weights_format), self.pool)
         return self.filled(weights, name, rows, columns, weights_format, bias)
 
-    def codebook_of(self, name: str) -> np.ndarray | None:
-        """The codebook that was fitted, or is stored with the matrix; None without one."""
-        return getattr(self.packed(name, slice(0)), "codebook", None) if self.packed else self.codebooks.get(name)
+    def codebook_of(self, name: str, block: int, weights_format: str) -> np.ndarray | None:
+        """The codebook that was fitted, or is stored with the matrix, whose coding is checked; None without one."""
+        if not self.packed:
+            return self.codebooks.get(name)
+        self._check_coding(name, weights_format, block)
+        return getattr(self.packed(name, slice(0)), "codebook", None)
 
     def filled(self, weights: Weights, name: str, rows: range, columns: range | None, weights_format: str,
                bias: str | None) -> LinearWeights:
         """Room that was allocated for these rows and columns, with their weights in it."""
-        if self.packed:
-            self._check_coding(name, weights_format, weights.blocks.block)
         held: list = []
         for first, part in self.parts(name, rows, columns, weights.blocks, weights_format):
             fill(weights, first, part)
