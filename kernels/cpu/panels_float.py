@@ -21,8 +21,8 @@ def _register_tile(zeros, data, at0, at1, columns, block, x, offset, stride, sca
         for k in range(start, min(start + block, columns)):
             chain0 = simd.tile_fma(chain0, simd.load(data, at0 + k * LANES), x, offset + k, stride)
             chain1 = simd.tile_fma(chain1, simd.load(data, at1 + k * LANES), x, offset + k, stride)
-        largest = int8.tile_add_totals(chain0, scales, totals, out, WIDTH, largest)
-        largest = int8.tile_add_totals(chain1, scales, totals, out + LANES, WIDTH, largest)
+        largest = int8.tile_add_totals(chain0, scales, scales, totals, out, WIDTH, largest)
+        largest = int8.tile_add_totals(chain1, scales, scales, totals, out + LANES, WIDTH, largest)
     return largest
 
 
@@ -34,11 +34,11 @@ def float_panel(data, at0, at1, columns, block, x, stride, first, rows, scales, 
     """
     token = 0
     while token + TALL <= rows:
-        largest = _register_tile(simd.tile_zeros(TALL), data, at0, at1, columns, block, x, (first + token) * stride, stride,
+        largest = _register_tile(simd.tile_zeros(TALL, 1), data, at0, at1, columns, block, x, (first + token) * stride, stride,
                                  scales, totals, token * WIDTH, largest)
         token += TALL
     while token < rows:
-        largest = _register_tile(simd.tile_zeros(1), data, at0, at1, columns, block, x, (first + token) * stride, stride, scales,
+        largest = _register_tile(simd.tile_zeros(1, 1), data, at0, at1, columns, block, x, (first + token) * stride, stride, scales,
                                  totals, token * WIDTH, largest)
         token += 1
     return largest

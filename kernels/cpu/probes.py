@@ -45,12 +45,13 @@ def read_operation(member, where):
 def dots_operation(member, where):
     """``count`` times 64 dot products of 64 int8 in registers, on every member."""
     op = carray(_probe_at(where), 1)[0]
-    kind, chain, x, data = int8.kind("bytes"), simd.tile_zeros(CHAINS), int8_at(op.data), int8_at(op.data)
-    raw, table = int8.load_raw(kind, data, 0, 0), int8.load_table(kind, data)
+    kind, chain, x, data = int8.kind("bytes"), simd.tile_zeros(CHAINS, 1), int8_at(op.data), int8_at(op.data)
+    raw, table = int8.load_raw(kind, chain, data, 0, 0, 0), int8.load_table(kind, data)
     counts = int8.counts_start(kind, chain, int32_at(op.out), 16 * member, 0)
     for _ in range(op.count):
-        counts = int8.dots(kind, counts, raw, 0, table, x, 0, 0)
-    chain = int8.tile_fma_counts(chain, counts, simd.splat(np.float32(1)), float32_at(op.data), 0, 0)
+        counts = int8.dots(kind, counts, raw, 0, 0, table, x, 0, 0)
+    ones = simd.splat(np.float32(1))
+    chain = int8.tile_fma_counts(chain, counts, ones, ones, float32_at(op.data), 0, 0)
     simd.store(float32_at(op.out), 16 * member, simd.tile_sum(chain))
 
 
@@ -59,7 +60,7 @@ def fmas_operation(member, where):
     """``count`` times 8 multiply-adds of 16 float32 in registers, on every member."""
     op = carray(_probe_at(where), 1)[0]
     x = float32_at(op.data)
-    weights, chain = simd.load(x, 0), simd.tile_zeros(CHAINS)
+    weights, chain = simd.load(x, 0), simd.tile_zeros(CHAINS, 1)
     for _ in range(op.count):
         chain = simd.tile_fma(chain, weights, x, 0, 0)
     simd.store(float32_at(op.out), 16 * member, simd.tile_sum(chain))

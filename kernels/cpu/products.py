@@ -24,7 +24,7 @@ from .memory import (
     record_pointer,
 )
 from .operation import operation
-from .panels import AHEAD_BETWEEN, AHEAD_ONE, LANES, WIDE, WIDTH, integer_tile
+from .panels import AHEAD_BETWEEN, AHEAD_ONE, LANES, WIDE, WIDTH, integer_panel
 from .panels_float import float_panel
 from .places import cache_sizes
 from .team import SCRATCH, TILED, begin, chunk, member_words, work_at
@@ -88,14 +88,10 @@ def _integer_totals(kind, part, panel, activation, first, rows, totals, followin
     data, table, row_scales = int8_at(part.data), int8.load_table(kind, int8_at(part.table)), float32_at(part.row_scales)
     x, x_scales, corrections = int8_at(activation.x), float32_at(activation.scales), int32_at(activation.corrections)
     _clear(int64_at(totals), rows * WIDTH)
-    largest, at, column = int8.no_bits(), panel * part.panel_bytes, np.int64(0)
-    end = at + 2 * part.tile_bytes
-    jump = following - (part.data + end)
-    while column < WIDTH and panel * WIDTH + column < part.rows:
-        scales = simd.multiply(simd.load(row_scales, panel * WIDTH + column), simd.splat(FIXED))
-        largest = integer_tile(kind, data, at, table, part.groups, part.per_block, x, x_scales, corrections, activation.capacity,
-                               first, rows, scales, int64_at(totals), column, end, jump, largest)
-        at, column = at + part.tile_bytes, column + LANES
+    tiles = 2 if panel * WIDTH + LANES < part.rows else 1
+    largest = integer_panel(kind, data, panel * part.panel_bytes, part.tile_bytes, tiles, table, part.groups, part.per_block, x,
+                            x_scales, corrections, activation.capacity, first, rows, row_scales, panel * WIDTH, int64_at(totals),
+                            following - part.data, int8.no_bits())
     return not int8.all_below(largest, LIMIT_BITS)
 
 

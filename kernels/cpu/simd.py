@@ -27,11 +27,11 @@ class Vector(types.Type):
 
 
 class Tile(types.Type):
-    """``tokens`` vectors: sixteen outputs of each token."""
+    """Sixteen outputs of each of some tokens, one vector each; with ``tiles`` 2 thirty-two, two vectors in a row each."""
 
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-        super().__init__(name=f"tile({tokens})")
+    def __init__(self, tokens: int, tiles: int = 1):
+        self.tokens, self.tiles, self.vectors = tokens, tiles, tokens * tiles
+        super().__init__(name=f"tile({tokens}, {tiles})")
 
 
 @register_model(Vector)
@@ -43,7 +43,7 @@ class _VectorModel(models.PrimitiveModel):
 @register_model(Tile)
 class _TileModel(models.PrimitiveModel):
     def __init__(self, manager, fe_type):
-        super().__init__(manager, fe_type, ir.ArrayType(_VF, fe_type.tokens))
+        super().__init__(manager, fe_type, ir.ArrayType(_VF, fe_type.vectors))
 
 
 vector = Vector()
@@ -226,21 +226,21 @@ def bits_of(typing_context, value):
 
 
 @intrinsic
-def tile_zeros(typing_context, tokens):
-    """A tile of zeros for a literal number of tokens."""
-    if not isinstance(tokens, types.IntegerLiteral):
+def tile_zeros(typing_context, tokens, tiles):
+    """A tile of zeros for a literal number of tokens, of one or two (literal) ``tiles`` of 16 outputs."""
+    if not isinstance(tokens, types.IntegerLiteral) or not isinstance(tiles, types.IntegerLiteral):
         return None
-    tile = Tile(tokens.literal_value)
+    tile = Tile(tokens.literal_value, tiles.literal_value)
     def codegen(context, builder, signature, arguments):
-        return ir.Constant(context.get_value_type(tile), [[0.0] * LANES] * tile.tokens)
-    return tile(tokens), codegen
+        return ir.Constant(context.get_value_type(tile), [[0.0] * LANES] * tile.vectors)
+    return tile(tokens, tiles), codegen
 
 
 @intrinsic
 def tile_clear(typing_context, tile):
     """A tile of zeros of the same shape."""
     def codegen(context, builder, signature, arguments):
-        return ir.Constant(context.get_value_type(tile), [[0.0] * LANES] * tile.tokens)
+        return ir.Constant(context.get_value_type(tile), [[0.0] * LANES] * tile.vectors)
     return tile(tile), codegen
 
 
@@ -306,7 +306,7 @@ def tile_sum(typing_context, tile):
     """The sum of a tile's vectors, lane by lane, first token first."""
     def codegen(context, builder, signature, arguments):
         total = builder.extract_value(arguments[0], 0)
-        for t in range(1, tile.tokens):
+        for t in range(1, tile.vectors):
             total = builder.fadd(total, builder.extract_value(arguments[0], t))
         return total
     return vector(tile), codegen

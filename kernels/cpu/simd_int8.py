@@ -64,11 +64,11 @@ class Bytes(types.Type):
 
 
 class Counts(types.Type):
-    """``tokens`` vectors of sixteen int32."""
+    """``vectors`` of sixteen int32: for each token of a ``Tile`` one for each of its ``tiles``."""
 
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-        super().__init__(name=f"counts({tokens})")
+    def __init__(self, tokens: int, tiles: int = 1):
+        self.tokens, self.tiles, self.vectors = tokens, tiles, tokens * tiles
+        super().__init__(name=f"counts({tokens}, {tiles})")
 
 
 class Kind(types.Type):
@@ -127,7 +127,7 @@ class _BytesModel(models.PrimitiveModel):
 @register_model(Counts)
 class _CountsModel(models.PrimitiveModel):
     def __init__(self, manager, fe_type):
-        super().__init__(manager, fe_type, ir.ArrayType(_V32, fe_type.tokens))
+        super().__init__(manager, fe_type, ir.ArrayType(_V32, fe_type.vectors))
 
 
 @register_model(Kind)
@@ -140,7 +140,7 @@ class _KindModel(models.PrimitiveModel):
 @register_model(Raw)
 class _RawModel(models.PrimitiveModel):
     def __init__(self, manager, fe_type):
-        super().__init__(manager, fe_type, ir.ArrayType(_VB, 8) if fe_type.kind.layout == "codes" else _I8.as_pointer())
+        super().__init__(manager, fe_type, _I8.as_pointer())
 
 
 bytes64 = Bytes()
@@ -206,32 +206,39 @@ def load_bytes(typing_context, array, index):
 
 
 @intrinsic
-def load_raw(typing_context, kind, array, index, ahead):
-    """The weights of a pair of groups at array[index], int8, an address that is a multiple of 64.
+def load_line(typing_context, tile, number, array, index, ahead):
+    """The line of factors at array[index] of the tile of a literal ``number``, anything where there is none.
 
-    Prefetches what lies ``ahead`` bytes behind, and the line of factors before it.
+    Prefetches what lies ``ahead`` bytes behind.
+    """
+    if not isinstance(number, types.IntegerLiteral):
+        return None
+    def codegen(context, builder, signature, arguments):
+        _, _, array_value, index, ahead = arguments
+        if number.literal_value >= tile.tiles:
+            return ir.Constant(_VB, ir.Undefined)
+        _prefetch(context, builder, array, array_value, builder.add(index, ahead))
+        return _load_at(context, builder, array, array_value, index, BYTES)
+    return bytes64(tile, number, array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_raw(typing_context, kind, tile, array, index, apart, ahead):
+    """The weights of a pair of groups at array[index], int8, an address that is a multiple of 64, and ``apart`` bytes behind it
+    those of the second tile, if ``tile`` has two.
+
+    Prefetches what lies ``ahead`` bytes behind.
     """
     raw = Raw(kind)
     def codegen(context, builder, signature, arguments):
-        _, array_value, index, ahead = arguments
+        _, _, array_value, index, apart, ahead = arguments
         later = builder.add(index, ahead)
-        for j in range(0, kind.vectors):
-            _prefetch(context, builder, array, array_value, builder.add(later, ir.Constant(index.type, j * BYTES)))
-        if kind.layout != "codes":
-            return _pointer(context, builder, array, array_value, index)
-        result, eighth = ir.Constant(context.get_value_type(raw), ir.Undefined), None
-        high, words = _bytes_of(0x80), ir.VectorType(_I64, 8)
-        for j in range(kind.vectors):
-            at = builder.add(index, ir.Constant(index.type, j * BYTES))
-            value = _load_at(context, builder, array, array_value, at, BYTES)
-            result = builder.insert_value(result, value, j)
-            bits = builder.and_(value, high)
-            if eighth is not None:
-                # A bit moves to the next lower place; the lowest, which would fall into the neighbouring byte, is still zero.
-                eighth = _shift_right(builder, eighth, 1, words)
-            eighth = bits if eighth is None else builder.or_(eighth, bits)
-        return builder.insert_value(result, _shift_right(builder, eighth, 1, words), 7)
-    return raw(kind, array, types.intp, types.intp), codegen
+        for _ in range(tile.tiles):
+            for j in range(kind.vectors):
+                _prefetch(context, builder, array, array_value, builder.add(later, ir.Constant(index.type, j * BYTES)))
+            later = builder.add(later, apart)
+        return _pointer(context, builder, array, array_value, index)
+    return raw(kind, tile, array, types.intp, types.intp, types.intp), codegen
 
 
 def _prefetch(context, builder, array_type, array, index, write=0):
@@ -251,13 +258,27 @@ def _look_up(builder, table, codes):
     return builder.call(function, [table[0], codes, table[1]])
 
 
+def _codes(builder, raw, number):
+    """One of the eight vectors of codes of a pair of groups."""
+    def stored(j):
+        return _vector_at(builder, builder.gep(raw, [ir.Constant(_I64, j * BYTES)]), _VB, BYTES)
+    if number < 7:
+        return stored(number)
+    high, words, eighth = _bytes_of(0x80), ir.VectorType(_I64, 8), None
+    for j in range(7):
+        bits = builder.and_(stored(j), high)
+        # A bit moves to the next lower place; the lowest, which would fall into the neighbouring byte, is still zero.
+        eighth = bits if eighth is None else builder.or_(_shift_right(builder, eighth, 1, words), bits)
+    return _shift_right(builder, eighth, 1, words)
+
+
 def _weights(builder, kind, raw, table, half, number, odd, method):
     """The unsigned weights of step 2 * number + odd of one group of a pair, in the parts that ``method`` works on.
 
     ``table``: four vectors. ``number`` is a constant for ``codes``.
     """
     if kind.layout == "codes":
-        codes = builder.extract_value(raw, STEPS // 2 * half + number.constant)
+        codes = _codes(builder, raw, STEPS // 2 * half + number.constant)
         return [_look_up(builder, table[2 * odd : 2 * odd + 2], codes)]
     size, together = BYTES // method.parts, BYTES if kind.nibbles else 2 * BYTES
     first = STEPS // 2 * half * together + (0 if kind.nibbles else odd * BYTES)
@@ -312,42 +333,45 @@ def counts_start(typing_context, kind, tile, corrections, offset, stride):
 
     That is corrections[offset + t * stride] in every lane, -128 * the sum of x; nothing where weights are multiplied as signed.
     """
-    counts = Counts(tile.tokens)
+    counts = Counts(tile.tokens, tile.tiles)
     def codegen(context, builder, signature, arguments):
         _, _, array, offset, stride = arguments
         if simd_dots.best(kind.nibbles).signed:
-            return ir.Constant(context.get_value_type(counts), [[0] * LANES] * tile.tokens)
+            return ir.Constant(context.get_value_type(counts), [[0] * LANES] * tile.vectors)
         result = ir.Constant(context.get_value_type(counts), ir.Undefined)
         for t in range(counts.tokens):
             start = builder.load(_element(context, builder, corrections, array, offset, stride, t))
             start = builder.ashr(start, ir.Constant(_I32, kind.shift)) if kind.shift else start
-            result = builder.insert_value(result, _splat32(builder, start), t)
+            start = _splat32(builder, start)
+            for v in range(t * counts.tiles, (t + 1) * counts.tiles):
+                result = builder.insert_value(result, start, v)
         return result
     return counts(kind, tile, corrections, types.intp, types.intp), codegen
 
 
 @intrinsic
-def dots(typing_context, kind, counts, raw, half, table, x, offset, stride):
-    """counts[t] += the dot products of a group of 16 rows with the 32 int8 at x[offset + t * stride].
+def dots(typing_context, kind, counts, raw, apart, half, table, x, offset, stride):
+    """counts of token t += the dot products of a group of 16 or 32 rows with the 32 int8 at x[offset + t * stride].
 
-    ``half``, a literal, chooses the group of the pair.
+    ``half``, a literal, chooses the group of the pair; ``apart``: bytes from the weights of one tile to those of the other.
     """
     if not isinstance(half, types.IntegerLiteral):
         return None
     group = half.literal_value
     def codegen(context, builder, signature, arguments):
-        _, result, raw, _, table, values, offset, stride = arguments
+        _, result, raw, apart, _, table, values, offset, stride = arguments
         chosen, method = _table(builder, table), simd_dots.best(kind.nibbles)
-        starts = [_vectors(builder, builder.extract_value(result, t), _V32, method.parts) for t in range(counts.tokens)]
+        raws = [raw, builder.gep(raw, [apart])][: counts.tiles]
+        starts = [_vectors(builder, builder.extract_value(result, v), _V32, method.parts) for v in range(counts.vectors)]
         def two_steps(number, sums):
             sums = list(sums)
             for odd in range(2):
                 at = builder.add(offset, builder.add(builder.mul(number, ir.Constant(_I64, 8)), ir.Constant(_I64, 4 * odd)))
-                parts = _weights(builder, kind, raw, chosen, group, number, odd, method)
+                parts = [part for raw in raws for part in _weights(builder, kind, raw, chosen, group, number, odd, method)]
                 weights = [method.weights(builder, part) for part in parts]
                 for t in range(counts.tokens):
                     four = method.activations(builder, _four(context, builder, x, values, at, stride, t))
-                    for i, weight in enumerate(weights, t * method.parts):
+                    for i, weight in enumerate(weights, t * len(weights)):
                         sums[i] = method.step(builder, sums[i], weight, four)
             return sums
         sums = [method.start(builder, part) for parts in starts for part in parts]
@@ -357,12 +381,12 @@ def dots(typing_context, kind, counts, raw, half, table, x, offset, stride):
         else:
             # With few registers, a loop: LLVM would order straight code so that it spills.
             sums = _loop(builder, ir.Constant(_I64, STEPS // 2), sums, two_steps)
-        for t in range(counts.tokens):
-            own = sums[t * method.parts : (t + 1) * method.parts]
-            parts = [method.finish(builder, *pair) for pair in zip(starts[t], own, strict=True)]
-            result = builder.insert_value(result, _joined(builder, parts), t)
+        for v in range(counts.vectors):
+            own = sums[v * method.parts : (v + 1) * method.parts]
+            parts = [method.finish(builder, *pair) for pair in zip(starts[v], own, strict=True)]
+            result = builder.insert_value(result, _joined(builder, parts), v)
         return result
-    return counts(kind, counts, raw, half, table_type, x, types.intp, types.intp), codegen
+    return counts(kind, counts, raw, types.intp, half, table_type, x, types.intp, types.intp), codegen
 
 
 def _four(context, builder, x, values, offset, stride, token):
@@ -392,17 +416,21 @@ def prefetch_to_read(typing_context, array, index):
 
 
 @intrinsic
-def tile_fma_counts(typing_context, tile, counts, factors, scales, offset, stride):
-    """tile[t] = fma(float32(counts[t]), factors * scales[offset + t * stride], tile[t]) for every token t."""
+def tile_fma_counts(typing_context, tile, counts, first, second, scales, offset, stride):
+    """tile[t] = fma(float32(counts[t]), factors * scales[offset + t * stride], tile[t]) for every token t.
+
+    ``first``, ``second``: factors of the first and, if the tile has one, the second sixteen rows.
+    """
     def codegen(context, builder, signature, arguments):
-        result, counts, factors, values, offset, stride = arguments
+        result, counts, *factors, values, offset, stride = arguments
         for t in range(tile.tokens):
-            scalar = builder.load(_element(context, builder, scales, values, offset, stride, t))
-            scale = builder.fmul(factors, _splat(builder, scalar))
-            dots = builder.sitofp(builder.extract_value(counts, t), _VF)
-            result = builder.insert_value(result, _fma(builder, dots, scale, builder.extract_value(result, t)), t)
+            scalar = _splat(builder, builder.load(_element(context, builder, scales, values, offset, stride, t)))
+            for v, factor in enumerate(factors[: tile.tiles], t * tile.tiles):
+                dots = builder.sitofp(builder.extract_value(counts, v), _VF)
+                chain = _fma(builder, dots, builder.fmul(factor, scalar), builder.extract_value(result, v))
+                result = builder.insert_value(result, chain, v)
         return result
-    return tile(tile, counts, vector, scales, types.intp, types.intp), codegen
+    return tile(tile, counts, vector, vector, scales, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -529,27 +557,29 @@ def _rounded(builder, eight):
 
 
 @intrinsic
-def tile_add_totals(typing_context, tile, scales, totals, offset, stride, largest):
-    """totals[offset + t * stride …+ 16] (int64) += rint(tile[t] * scales) for every token t.
+def tile_add_totals(typing_context, tile, first, second, totals, offset, stride, largest):
+    """totals[offset + t * stride …+ 16, or + 32] (int64) += rint(tile[t] * scales) for every token t.
 
-    ``scales`` are row scales times 2**32: a power of two commutes with rounding. Returns ``largest``, in each lane the
-    highest absolute bit pattern of the products, raised by these; a product out of range adds anything.
+    ``first``, ``second``: row scales of the first and, if the tile has one, the second sixteen rows, times 2**32: a power of two
+    commutes with rounding. Returns ``largest``, in each lane the highest absolute bit pattern of the products, raised by these;
+    a product out of range adds anything.
     """
     def codegen(context, builder, signature, arguments):
-        values, scales, array, offset, stride, largest = arguments
+        values, *scales, array, offset, stride, largest = arguments
         wide, bits = ir.VectorType(_I64, LANES // 2), builder.extract_value(largest, 0)
         highest = _declare(builder, "llvm.umax.v16i32", _V32, [_V32, _V32])
-        for t in range(tile.tokens):
-            product = builder.fmul(builder.extract_value(values, t), scales)
+        for v in range(tile.vectors):
+            t, place = divmod(v, tile.tiles)
+            product = builder.fmul(builder.extract_value(values, v), scales[place])
             bits = builder.call(highest, [bits, builder.and_(builder.bitcast(product, _V32), _constant(_V32, 0x7FFFFFFF))])
             for part, eight in enumerate(_vectors(builder, product, _VF, 2)):
-                index = builder.add(offset, ir.Constant(offset.type, part * LANES // 2))
+                index = builder.add(offset, ir.Constant(offset.type, place * LANES + part * LANES // 2))
                 address = builder.bitcast(_element(context, builder, totals, array, index, stride, t), wide.as_pointer())
                 old = builder.load(address)
                 old.align = BYTES
                 builder.store(builder.add(old, _rounded(builder, eight)), address).align = BYTES
         return builder.insert_value(largest, bits, 0)
-    return largest(tile, vector, totals, types.intp, types.intp, largest), codegen
+    return largest(tile, vector, vector, totals, types.intp, types.intp, largest), codegen
 
 
 @intrinsic
