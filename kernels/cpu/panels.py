@@ -4,8 +4,8 @@ Activations lie by units of eight groups (256 k): x int8 [units, capacity, 256],
 capacity, 8]; tokens of a unit are neighbours in the caches. Totals are int64 [tokens, 32], the sum over reduction blocks of
 rint(block value * 2**32).
 
-Weights are decoded in registers, in the order in which they stream from memory, anew for each register tile of 16 rows and up to
-eight tokens: one lookup serves eight dot products then, and nothing is written back.
+Weights are decoded in registers, in the order in which they stream from memory, anew for each register tile: one lookup serves
+the dot products of all its tokens, and nothing is written back.
 """
 
 import numpy as np
@@ -14,30 +14,33 @@ from numba import njit
 from ..numerics import FIXED, GROUP
 from . import simd, target
 from . import simd_int8 as int8
+from .memory import float32_at
 
 LANES = simd.LANES
 WIDTH = 2 * LANES               # rows of a panel
 UNIT = int8.UNIT                # groups of a unit
 UNIT_BYTES = UNIT * GROUP
-# Register tiles: (tokens, tiles of 16 rows) whose counts and chains fit nearly into 32 registers of 16 rows, or 16 of 8 or of 4.
-WIDE, TILES, MIDDLE = {512: (6, 2, 4), 256: (4, 1, 2)}.get(target.vector_bits(), (2, 1, 2))
+# Register tiles, whose counts and chains nearly fill 32 registers of 16 rows, or 16 of 8 or of 4: tokens with two tiles of 16
+# rows, which share the loads of activations (0: not worth it), and with one.
+PAIR, SINGLE = {512: (6, 4), 256: (0, 4)}.get(target.vector_bits(), (0, 2))
+WIDE = PAIR or SINGLE           # tokens from which on arithmetic takes longer than reading weights
 AHEAD_ONE, AHEAD_MANY = 7680, 12288             # bytes to prefetch ahead of the weights in use
-AHEAD_BETWEEN = 1024                            # and how many more between two panels
+AHEAD_BETWEEN = 1024                            # and how many more before something else than multiplying is done
 
 
 @njit(cache=True)
-def _register_tile(kind, zeros, data, at, apart, table, groups, per_block, x, x_scales, corrections, capacity, base, token,
-                   row_scales, row, totals, column, ahead, end, jump, largest):
-    """One tile of 16 rows or two, whose weights start at data[at] and ``apart`` bytes behind it, for some tokens; added to ``totals``.
+def _register_tile(kind, zeros, given, at, apart, where, row_scales, out, ahead, end, jump, largest):
+    """One tile of 16 rows or two, whose weights start at data[at] and ``apart`` bytes behind it, for some tokens; added to
+    totals[out …].
 
-    Token t is row base + t of the activations, ``row`` the first of the weights'. Prefetches ``ahead`` bytes ahead, from data[end]
-    on ``jump`` bytes further.
+    ``given``: see ``integer_panels``; ``where``: the first token's row of the activations. Prefetches ``ahead`` bytes ahead, from
+    data[end] on ``jump`` bytes further.
     """
-    first = simd.multiply(simd.load(row_scales, row), simd.splat(FIXED))
-    second = simd.multiply(simd.load(row_scales, row + LANES), simd.splat(FIXED))
+    data, table, groups, per_block, x, x_scales, corrections, capacity, totals = given
+    first = simd.multiply(simd.load(row_scales, 0), simd.splat(FIXED))
+    second = simd.multiply(simd.load(row_scales, LANES), simd.splat(FIXED))
     chain, left, per_unit = simd.tile_clear(zeros), per_block, units_of(per_block)
-    line0, line1, out = int8.load_bytes(data, at), int8.load_bytes(data, at + apart), token * WIDTH + column
-    where, place = base + token, 0
+    line0, line1, place = int8.load_bytes(data, at), int8.load_bytes(data, at + apart), 0
     for pair in range((groups + 1) // 2):
         later = ahead + jump if at + ahead >= end else ahead
         if pair % int8.line_pairs_of(kind) == 0:
@@ -75,42 +78,53 @@ def _register_tile(kind, zeros, data, at, apart, table, groups, per_block, x, x_
 
 
 @njit(cache=True)
+def _tiles(kind, zeros, given, at, tile_bytes, count, where, row_scales, out, panel_size, ahead, end, jump, largest):
+    """``count`` tiles of 16 rows, one behind the other, for the same tokens; ``panel_size``: totals from panel to panel."""
+    for number in range(count):
+        largest = _register_tile(kind, zeros, given, at, tile_bytes, where, float32_at(row_scales + 4 * LANES * number),
+                                 out + number // 2 * panel_size + number % 2 * LANES, ahead, end, jump, largest)
+        at += tile_bytes
+    return largest
+
+
+@njit(cache=True)
 def units_of(per_block):
     """Groups of a unit: whole blocks, at most eight groups."""
     return UNIT // per_block * per_block
 
 
 @njit(cache=True)
-def integer_panel(kind, data, at, tile_bytes, tiles, table, groups, per_block, x, x_scales, corrections, capacity, base, rows,
-                  row_scales, row, totals, following, largest):
-    """A panel of one or two tiles of 16 rows, whose weights start at data[at], for rows base … of the activations; added to
-    ``totals``. ``following``: where in ``data`` those lie that are read next.
+def integer_panels(kind, given, at, tile_bytes, count, base, rows, row_scales, following, largest):
+    """``count`` tiles of 16 rows, whose weights start at data[at], for rows base … of the activations; added to ``totals``.
+
+    ``given``: data; table, groups and groups of a block of the weights; x, x_scales, corrections and capacity; totals [panels,
+    rows, 32]. ``row_scales``: an address. ``following``: where in ``data`` those weights lie that are read next.
     """
     # Not a bare 0: Numba would compile a register tile for a literal first, and then again.
-    done = np.int64(0)
-    if TILES == tiles:
+    done, size = np.int64(0), rows * WIDTH
+    if PAIR and count == 2:
         end = at + tile_bytes
-        while done + WIDE <= rows:
-            largest = _register_tile(kind, simd.tile_zeros(WIDE, TILES), data, at, tile_bytes, table, groups, per_block, x, x_scales,
-                                     corrections, capacity, base, done, row_scales, row, totals, np.int64(0), AHEAD_MANY, end,
-                                     following - end, largest)
-            done += WIDE
-    end = at + tiles * tile_bytes
-    for number in range(tiles):
-        token, column, ahead = done, LANES * number, AHEAD_ONE if rows < WIDE else AHEAD_MANY
-        while token + MIDDLE <= rows:
-            largest = _register_tile(kind, simd.tile_zeros(MIDDLE, 1), data, at, tile_bytes, table, groups, per_block, x, x_scales,
-                                     corrections, capacity, base, token, row_scales, row + column, totals, column, ahead, end,
-                                     following - end, largest)
-            token += MIDDLE
+        while done + PAIR <= rows:
+            largest = _register_tile(kind, simd.tile_zeros(PAIR, 2), given, at, tile_bytes, base + done, float32_at(row_scales),
+                                     done * WIDTH, AHEAD_MANY, end, following - end, largest)
+            done += PAIR
+    if done == rows:
+        return largest
+    end, ahead = at + count * tile_bytes, AHEAD_ONE if rows < WIDE else AHEAD_MANY
+    # All tiles in one go where one register tile holds all tokens; else each tile for some tokens, then for others.
+    together = count if rows in (1, 2, SINGLE) else 1
+    for number in range(0, count, together):
+        token, out, scales = done, number // 2 * size + number % 2 * LANES, row_scales + 4 * LANES * number
+        while token + SINGLE <= rows:
+            largest = _tiles(kind, simd.tile_zeros(SINGLE, 1), given, at, tile_bytes, together, base + token, scales,
+                             out + token * WIDTH, size, ahead, end, following - end, largest)
+            token += SINGLE
         while token + 2 <= rows:
-            largest = _register_tile(kind, simd.tile_zeros(2, 1), data, at, tile_bytes, table, groups, per_block, x, x_scales,
-                                     corrections, capacity, base, token, row_scales, row + column, totals, column, ahead, end,
-                                     following - end, largest)
+            largest = _tiles(kind, simd.tile_zeros(2, 1), given, at, tile_bytes, together, base + token, scales,
+                             out + token * WIDTH, size, ahead, end, following - end, largest)
             token += 2
         if token < rows:
-            largest = _register_tile(kind, simd.tile_zeros(1, 1), data, at, tile_bytes, table, groups, per_block, x, x_scales,
-                                     corrections, capacity, base, token, row_scales, row + column, totals, column, ahead, end,
-                                     following - end, largest)
-        at += tile_bytes
+            largest = _tiles(kind, simd.tile_zeros(1, 1), given, at, tile_bytes, together, base + token, scales,
+                             out + token * WIDTH, size, ahead, end, following - end, largest)
+        at += together * tile_bytes
     return largest

@@ -38,7 +38,7 @@ def float_panel(data, at0, at1, columns, block, x, stride, first, rows, scales, 
                                  scales, totals, token * WIDTH, largest)
         token += TALL
     while token < rows:
-        largest = _register_tile(simd.tile_zeros(1, 1), data, at0, at1, columns, block, x, (first + token) * stride, stride, scales,
-                                 totals, token * WIDTH, largest)
+        largest = _register_tile(simd.tile_zeros(1, 1), data, at0, at1, columns, block, x, (first + token) * stride, stride,
+                                 scales, totals, token * WIDTH, largest)
         token += 1
     return largest

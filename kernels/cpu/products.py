@@ -24,13 +24,14 @@ from .memory import (
     record_pointer,
 )
 from .operation import operation
-from .panels import AHEAD_BETWEEN, AHEAD_ONE, LANES, WIDE, WIDTH, integer_panel
+from .panels import AHEAD_BETWEEN, AHEAD_ONE, LANES, WIDE, WIDTH, integer_panels
 from .panels_float import float_panel
 from .places import cache_sizes
 from .team import SCRATCH, TILED, begin, chunk, member_words, work_at
 
 FLOAT, ADD, SUMS, GATED = range(4)
 CHUNK = 48                      # tokens that are multiplied at a time
+BATCH = 8                       # panels that few tokens are multiplied with before anything is done with the totals
 LIMIT_BITS, OUTPUT_BITS = (BLOCK_LIMIT * FIXED).view(np.int32), OUTPUT_LIMIT.view(np.int32)
 
 # One matrix: kernel weights, the bias of its outputs (0: none), and where its outputs go, in elements from row to row.
@@ -67,42 +68,45 @@ def _clear(totals, count):
         totals[i] = 0
 
 
-def _totals(kind, part, panel, activation, first, rows, totals, following):
-    """int64 totals [rows, 32] of a panel of one part for at most CHUNK rows, first …, of the activations.
+def _totals(kind, part, panel, count, activation, first, rows, totals, following):
+    """int64 totals [count, rows, 32] of some panels of one part for rows first … of the activations, of which count * rows are at
+    most CHUNK.
 
     ``following``: address of the weights that are read next. Returns whether a block was out of range.
     """
 
 
 @overload(_totals)
-def _totals_of_kind(kind, part, panel, activation, first, rows, totals, following):
+def _totals_of_kind(kind, part, panel, count, activation, first, rows, totals, following):
     if isinstance(kind, int8.Kind):
-        return lambda kind, part, panel, activation, first, rows, totals, following: _integer_totals(
-            kind, part, panel, activation, first, rows, totals, following)
-    return lambda kind, part, panel, activation, first, rows, totals, following: _float_totals(
-        kind, part, panel, activation, first, rows, totals)
+        return lambda kind, part, panel, count, activation, first, rows, totals, following: _integer_totals(
+            kind, part, panel, count, activation, first, rows, totals, following)
+    return lambda kind, part, panel, count, activation, first, rows, totals, following: _float_totals(
+        kind, part, panel, count, activation, first, rows, totals)
 
 
 @njit(cache=True)
-def _integer_totals(kind, part, panel, activation, first, rows, totals, following):
-    data, table, row_scales = int8_at(part.data), int8.load_table(kind, int8_at(part.table)), float32_at(part.row_scales)
-    x, x_scales, corrections = int8_at(activation.x), float32_at(activation.scales), int32_at(activation.corrections)
-    _clear(int64_at(totals), rows * WIDTH)
-    tiles = 2 if panel * WIDTH + LANES < part.rows else 1
-    largest = integer_panel(kind, data, panel * part.panel_bytes, part.tile_bytes, tiles, table, part.groups, part.per_block, x,
-                            x_scales, corrections, activation.capacity, first, rows, row_scales, panel * WIDTH, int64_at(totals),
-                            following - part.data, int8.no_bits())
+def _integer_totals(kind, part, panel, count, activation, first, rows, totals, following):
+    _clear(int64_at(totals), count * rows * WIDTH)
+    given = (int8_at(part.data), int8.load_table(kind, int8_at(part.table)), part.groups, part.per_block, int8_at(activation.x),
+             float32_at(activation.scales), int32_at(activation.corrections), activation.capacity, int64_at(totals))
+    tiles = min(2 * count, (part.rows + LANES - 1) // LANES - 2 * panel)
+    largest = integer_panels(kind, given, panel * part.panel_bytes, part.tile_bytes, tiles, first, rows,
+                             part.row_scales + 4 * panel * WIDTH, following - part.data, int8.no_bits())
     return not int8.all_below(largest, LIMIT_BITS)
 
 
 @njit(cache=True)
-def _float_totals(kind, part, panel, activation, first, rows, totals):
-    _clear(int64_at(totals), rows * WIDTH)
-    tile = LANES * part.columns
-    at = 2 * panel * tile
-    other = at + tile if (2 * panel + 1) * LANES < part.rows else at
-    largest = float_panel(int8.elements_at(kind, part.data), at, other, part.columns, part.block, float32_at(activation.values),
-                          activation.stride, first, rows, simd.splat(FIXED), int64_at(totals), int8.no_bits())
+def _float_totals(kind, part, panel, count, activation, first, rows, totals):
+    _clear(int64_at(totals), count * rows * WIDTH)
+    data, x = int8.elements_at(kind, part.data), float32_at(activation.values)
+    tile, largest = LANES * part.columns, int8.no_bits()
+    for number in range(panel, panel + count):
+        at = 2 * number * tile
+        other = at + tile if (2 * number + 1) * LANES < part.rows else at
+        largest = float_panel(data, at, other, part.columns, part.block, x, activation.stride, first, rows, simd.splat(FIXED),
+                              int64_at(totals), largest)
+        totals += 8 * rows * WIDTH
     return not int8.all_below(largest, LIMIT_BITS)
 
 
@@ -227,26 +231,37 @@ def _ask_for(where):
 
 
 @njit(cache=True)
-def _panel(kind, op, activation, parts, panel, first, rows, scratch):
-    """A panel of whichever part it belongs to, for at most CHUNK rows, first …, of the activations.
+def _panels(kind, op, activation, parts, panel, last, first, rows, scratch):
+    """Some panels from ``panel`` on, of one part, not beyond ``last``, for rows first … of the activations.
 
-    Returns a status with two bits a part: q, k, v, or gate, up and what they gate.
+    Returns a status with two bits a part (q, k, v, or gate, up and what they gate), and the panel behind them.
     """
-    status, number, local = 0, 0, panel
+    status, number, local, size = 0, 0, panel, rows * WIDTH * 8
     while op.mode != GATED and local >= (parts[number].rows + WIDTH - 1) // WIDTH:
         local -= (parts[number].rows + WIDTH - 1) // WIDTH
         number += 1
+    count = min(BATCH, CHUNK // rows, last - panel, (parts[number].rows + WIDTH - 1) // WIDTH - local) if rows < WIDE else 1
     if rows >= WIDE:
         _expect_outputs(op, parts[number], local * WIDTH, first, rows)
-    for i in range(2 if op.mode == GATED else 1):
-        following = _following(op, parts, number + i, local)
-        beyond = _totals(kind, parts[number + i], local, activation, first, rows, scratch + i * CHUNK * WIDTH * 8, following)
-        status |= OUT_OF_RANGE << (2 * (number + i)) if beyond else 0
+    if op.mode == GATED:
+        for i in range(2 * count):
+            each, at = i % 2, scratch + i % 2 * CHUNK * WIDTH * 8 + i // 2 * size
+            following = _following(op, parts, each, local + i // 2)
+            beyond = _totals(kind, parts[each], local + i // 2, 1, activation, first, rows, at, following)
+            status |= OUT_OF_RANGE << (2 * each) if beyond else 0
+    else:
+        following = _following(op, parts, number, local + count - 1)
+        beyond = _totals(kind, parts[number], local, count, activation, first, rows, scratch, following)
+        status = OUT_OF_RANGE << (2 * number) if beyond else 0
     if rows < WIDE:
         _ask_for(following + AHEAD_ONE)
-    if op.mode == GATED:
-        return status | _gated(parts[0], parts[1], panel, first, rows, scratch, carray(activation_at(op.gated), 1)[0])
-    return status | _outputs(parts[number], local, op.mode, first, rows, scratch) << (2 * number)
+    for i in range(count):
+        at = scratch + i * size
+        if op.mode == GATED:
+            status |= _gated(parts[0], parts[1], local + i, first, rows, at, carray(activation_at(op.gated), 1)[0])
+        else:
+            status |= _outputs(parts[number], local + i, op.mode, first, rows, at) << (2 * number)
+    return status, panel + count
 
 
 @njit(cache=True)
@@ -296,8 +311,10 @@ def _block(kind, op, activation, parts, first, last, start, stop, scratch):
     """Panels first … last - 1 for rows start … stop - 1, chunk by chunk."""
     status = 0
     for row in range(start, stop, CHUNK):
-        for panel in range(first, last):
-            status |= _panel(kind, op, activation, parts, panel, row, min(CHUNK, stop - row), scratch)
+        panel = first
+        while panel < last:
+            found, panel = _panels(kind, op, activation, parts, panel, last, row, min(CHUNK, stop - row), scratch)
+            status |= found
     return status
 
 
