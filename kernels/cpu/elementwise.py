@@ -9,6 +9,7 @@ from numba.extending import intrinsic
 
 from ..numerics import FIXED, GROUP, INFINITY_BITS, NOT_FINITE, OK, OUT_OF_RANGE, OUTPUT_LIMIT, TINY, UNFIXED
 from . import simd_int8 as int8
+from . import simd_weights as coded
 from .activations import activation_at
 from .functions import half_value
 from .memory import (
@@ -175,15 +176,15 @@ def _quantized_row(op, row, out):
     lane, tile = row % _LANES, op.data + row // _LANES * op.tile_bytes
     half = int8.STEPS // 2 if op.form == INT4 else int8.STEPS
     for group in range((op.columns + GROUP - 1) // GROUP):
-        line = tile + group // 2 * (1 + 2 * half) * int8.BYTES
+        line = tile + group // 2 * (1 + 2 * half) * coded.BYTES
         factor = half_value(uint16_at(line)[group % 2 * _LANES + lane])
-        values = int8_at(line + int8.BYTES * (1 + group % 2 * half))
+        values = int8_at(line + coded.BYTES * (1 + group % 2 * half))
         for i in range(min(GROUP, op.columns - group * GROUP)):
             step, place = i // 8 * 2 + i % 2, lane * 4 + i % 8 // 2
             if op.form == INT4:
-                value = (np.int32(values[step // 2 * int8.BYTES + place]) >> (4 * (step % 2)) & 15) - 8
+                value = (np.int32(values[step // 2 * coded.BYTES + place]) >> (4 * (step % 2)) & 15) - 8
             else:
-                value = (np.int32(values[step * int8.BYTES + place]) & 255) - 128
+                value = (np.int32(values[step * coded.BYTES + place]) & 255) - 128
             out[group * GROUP + i] = np.float32(value) * factor
 
 

@@ -14,6 +14,7 @@ from numba import njit
 from ..numerics import FIXED, GROUP
 from . import simd, target
 from . import simd_int8 as int8
+from . import simd_weights as coded
 from .memory import float32_at
 
 LANES = simd.LANES
@@ -40,17 +41,17 @@ def _register_tile(kind, zeros, given, at, apart, where, row_scales, out, ahead,
     first = simd.multiply(simd.load(row_scales, 0), simd.splat(FIXED))
     second = simd.multiply(simd.load(row_scales, LANES), simd.splat(FIXED))
     chain, left, per_unit = simd.tile_clear(zeros), per_block, units_of(per_block)
-    line0, line1, place = int8.load_bytes(data, at), int8.load_bytes(data, at + apart), 0
+    line0, line1, place = coded.load_bytes(data, at), coded.load_bytes(data, at + apart), 0
     for pair in range((groups + 1) // 2):
         later = ahead + jump if at + ahead >= end else ahead
-        if pair % int8.line_pairs_of(kind) == 0:
-            line0, line1 = int8.load_line(zeros, 0, data, at, later), int8.load_line(zeros, 1, data, at + apart, later)
-            at += int8.BYTES
-        raw = int8.load_raw(kind, zeros, data, at, apart, later)
-        at += int8.vectors_of(kind) * int8.BYTES
+        if pair % coded.line_pairs_of(kind) == 0:
+            line0, line1 = coded.load_line(zeros, 0, data, at, later), coded.load_line(zeros, 1, data, at + apart, later)
+            at += coded.BYTES
+        raw = coded.load_raw(kind, zeros, data, at, apart, later)
+        at += coded.vectors_of(kind) * coded.BYTES
         counts = int8.counts_start(kind, zeros, corrections, where * UNIT + place, UNIT)
         counts = int8.dots(kind, counts, raw, apart, 0, table, x, where * UNIT_BYTES + place * GROUP, UNIT_BYTES)
-        chain = int8.tile_fma_counts(chain, counts, int8.factors_of(kind, line0, 0), int8.factors_of(kind, line1, 0), x_scales,
+        chain = int8.tile_fma_counts(chain, counts, coded.factors_of(kind, line0, 0), coded.factors_of(kind, line1, 0), x_scales,
                                      where * UNIT + place, UNIT)
         left, place = left - 1, place + 1
         if left == 0:
@@ -63,9 +64,9 @@ def _register_tile(kind, zeros, given, at, apart, where, row_scales, out, ahead,
             break
         counts = int8.counts_start(kind, zeros, corrections, where * UNIT + place, UNIT)
         counts = int8.dots(kind, counts, raw, apart, 1, table, x, where * UNIT_BYTES + place * GROUP, UNIT_BYTES)
-        chain = int8.tile_fma_counts(chain, counts, int8.factors_of(kind, line0, 1), int8.factors_of(kind, line1, 1), x_scales,
+        chain = int8.tile_fma_counts(chain, counts, coded.factors_of(kind, line0, 1), coded.factors_of(kind, line1, 1), x_scales,
                                      where * UNIT + place, UNIT)
-        line0, line1 = int8.next_line(kind, line0), int8.next_line(kind, line1)
+        line0, line1 = coded.next_line(kind, line0), coded.next_line(kind, line1)
         left, place = left - 1, place + 1
         if left == 0:
             largest = int8.tile_add_totals(chain, first, second, totals, out, WIDTH, largest)

@@ -9,6 +9,7 @@ from numba.extending import intrinsic
 
 from . import simd
 from . import simd_int8 as int8
+from . import simd_weights as coded
 from .memory import aligned, float32_at, int8_at, int32_at, int64_at, record, record_pointer
 from .operation import operation
 from .program import Program
@@ -45,8 +46,8 @@ def read_operation(member, where):
 def dots_operation(member, where):
     """``count`` times 64 dot products of 64 int8 in registers, on every member."""
     op = carray(_probe_at(where), 1)[0]
-    kind, chain, x, data = int8.kind("bytes"), simd.tile_zeros(CHAINS, 1), int8_at(op.data), int8_at(op.data)
-    raw, table = int8.load_raw(kind, chain, data, 0, 0, 0), int8.load_table(kind, data)
+    kind, chain, x, data = coded.kind("bytes"), simd.tile_zeros(CHAINS, 1), int8_at(op.data), int8_at(op.data)
+    raw, table = coded.load_raw(kind, chain, data, 0, 0, 0), coded.load_table(kind, data)
     counts = int8.counts_start(kind, chain, int32_at(op.out), 16 * member, 0)
     for _ in range(op.count):
         counts = int8.dots(kind, counts, raw, 0, 0, table, x, 0, 0)

@@ -11,6 +11,7 @@ from numba.extending import intrinsic, overload
 from ..numerics import BLOCK_LIMIT, FIXED, OUT_OF_RANGE, OUTPUT_LIMIT, UNFIXED
 from . import simd
 from . import simd_int8 as int8
+from . import simd_weights as coded
 from .activations import activation_at
 from .elementwise import quantize_group
 from .functions import sigmoid
@@ -78,7 +79,7 @@ def _totals(kind, part, panel, count, activation, first, rows, totals, following
 
 @overload(_totals)
 def _totals_of_kind(kind, part, panel, count, activation, first, rows, totals, following):
-    if isinstance(kind, int8.Kind):
+    if isinstance(kind, coded.Kind):
         return lambda kind, part, panel, count, activation, first, rows, totals, following: _integer_totals(
             kind, part, panel, count, activation, first, rows, totals, following)
     return lambda kind, part, panel, count, activation, first, rows, totals, following: _float_totals(
@@ -88,7 +89,7 @@ def _totals_of_kind(kind, part, panel, count, activation, first, rows, totals, f
 @njit(cache=True)
 def _integer_totals(kind, part, panel, count, activation, first, rows, totals, following):
     _clear(int64_at(totals), count * rows * WIDTH)
-    given = (int8_at(part.data), int8.load_table(kind, int8_at(part.table)), part.groups, part.per_block, int8_at(activation.x),
+    given = (int8_at(part.data), coded.load_table(kind, int8_at(part.table)), part.groups, part.per_block, int8_at(activation.x),
              float32_at(activation.scales), int32_at(activation.corrections), activation.capacity, int64_at(totals))
     tiles = min(2 * count, (part.rows + LANES - 1) // LANES - 2 * panel)
     largest = integer_panels(kind, given, panel * part.panel_bytes, part.tile_bytes, tiles, first, rows,
@@ -99,7 +100,7 @@ def _integer_totals(kind, part, panel, count, activation, first, rows, totals, f
 @njit(cache=True)
 def _float_totals(kind, part, panel, count, activation, first, rows, totals):
     _clear(int64_at(totals), count * rows * WIDTH)
-    data, x = int8.elements_at(kind, part.data), float32_at(activation.values)
+    data, x = coded.elements_at(kind, part.data), float32_at(activation.values)
     tile, largest = LANES * part.columns, int8.no_bits()
     for number in range(panel, panel + count):
         at = 2 * number * tile
@@ -206,8 +207,8 @@ def _expect_outputs(op, part, column, first, rows):
     size = 8 if op.mode == SUMS else 4
     out = int8_at(where)
     for r in range(rows):
-        for line in range(0, WIDTH * size, int8.BYTES):
-            int8.prefetch_to_write(out, ((first + r) * stride + column) * size + line)
+        for line in range(0, WIDTH * size, coded.BYTES):
+            coded.prefetch_to_write(out, ((first + r) * stride + column) * size + line)
 
 
 @njit(cache=True)
@@ -226,8 +227,8 @@ def _following(op, parts, number, panel):
 @njit(cache=True)
 def _ask_for(where):
     """Asks for weights behind those that are on their way, for the time until some are multiplied again."""
-    for line in range(0, AHEAD_BETWEEN, int8.BYTES):
-        int8.prefetch_to_read(int8_at(where), line)
+    for line in range(0, AHEAD_BETWEEN, coded.BYTES):
+        coded.prefetch_to_read(int8_at(where), line)
 
 
 @njit(cache=True)
@@ -321,34 +322,34 @@ def _block(kind, op, activation, parts, first, last, start, stop, scratch):
 @operation
 def codes_product(member, where):
     """Products of weights of the kind ``codes``."""
-    _product(int8.kind("codes"), member, where)
+    _product(coded.kind("codes"), member, where)
 
 
 @operation
 def bytes_product(member, where):
     """Products of weights of the kind ``bytes``."""
-    _product(int8.kind("bytes"), member, where)
+    _product(coded.kind("bytes"), member, where)
 
 
 @operation
 def halves_product(member, where):
     """Products of weights of the kind ``halves``."""
-    _product(int8.kind("halves"), member, where)
+    _product(coded.kind("halves"), member, where)
 
 
 @operation
 def nibble_product(member, where):
     """Products of weights of the kind ``nibble``."""
-    _product(int8.kind("nibble"), member, where)
+    _product(coded.kind("nibble"), member, where)
 
 
 @operation
 def float32_product(member, where):
     """Products of float32 weights; activations are not quantised."""
-    _product(int8.kind("f32"), member, where)
+    _product(coded.kind("f32"), member, where)
 
 
 @operation
 def float16_product(member, where):
     """Products of float16 weights; activations are not quantised."""
-    _product(int8.kind("f16"), member, where)
+    _product(coded.kind("f16"), member, where)

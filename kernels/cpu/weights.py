@@ -1,7 +1,7 @@
 """Weights as the kernels of this process hold them: room for a format, filled row by row.
 
-Panels of 32 rows are two tiles of 16. ``simd_int8`` describes the bytes of a tile of quantised weights; float32 and float16 ones
-are interleaved [columns, 16].
+Panels of 32 rows are two tiles of 16. ``simd_weights`` describes the bytes of a tile of quantised weights; float32 and float16
+ones are interleaved [columns, 16].
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from . import target
 from .memory import address, aligned, uint8_at
 from .placement import touch
 from .products import PART
-from .simd_int8 import BYTES, KINDS, PAIR_ORDER, STEPS
+from .simd_weights import BYTES, KINDS, PAIR_ORDER, STEPS
 from .workers import PANEL, Pool, WorkDistribution
 
 LANES = 16

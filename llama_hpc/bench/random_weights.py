@@ -9,7 +9,7 @@ from math import sqrt
 import numpy as np
 
 from llama_hpc.kernels.codebook import start_codebook
-from llama_hpc.kernels.cpu.simd_int8 import KINDS
+from llama_hpc.kernels.cpu.simd_weights import KINDS
 from llama_hpc.kernels.cpu.weights import Weights, allocate, allocate_pair
 from llama_hpc.kernels.formats import FACTORS, Blocks, Packed, table_format
 from llama_hpc.model.attention import AttentionWeights

@@ -6,7 +6,8 @@ from llama_hpc.kernels.codebook import fit_codebook
 from llama_hpc.kernels.cpu import elementwise, quantize, weights
 from llama_hpc.kernels.cpu.calls import shared_pool
 from llama_hpc.kernels.cpu.program import Program
-from llama_hpc.kernels.cpu.simd_int8 import PAIR_ORDER, UNIT
+from llama_hpc.kernels.cpu.simd_int8 import UNIT
+from llama_hpc.kernels.cpu.simd_weights import PAIR_ORDER
 from llama_hpc.kernels.cpu.workers import WorkDistribution
 from llama_hpc.kernels.formats import Packed
 
