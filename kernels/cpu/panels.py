@@ -112,8 +112,8 @@ def integer_panels(kind, given, at, tile_bytes, count, base, rows, row_scales, f
     if done == rows:
         return largest
     end, ahead = at + count * tile_bytes, AHEAD_ONE if rows < WIDE else AHEAD_MANY
-    # All tiles in one go where one register tile holds all tokens; else each tile for some tokens, then for others.
-    together = count if rows in (1, 2, SINGLE) else 1
+    # All tiles in one go where one register tile holds the tokens that are left; else each tile for some tokens, then for others.
+    together = count if rows - done in (1, 2, SINGLE) else 1
     for number in range(0, count, together):
         token, out, scales = done, number // 2 * size + number % 2 * LANES, row_scales + 4 * LANES * number
         while token + SINGLE <= rows:
