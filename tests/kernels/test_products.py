@@ -17,9 +17,10 @@ from llama_hpc.kernels.cpu.workers import WorkDistribution
 from llama_hpc.kernels.formats import Blocks, Packed
 from llama_hpc.kernels.numerics import NOT_FINITE, OK, OUT_OF_RANGE
 
-# Outputs, inputs and block: whole and partial panels of 32, tiles of 16, pairs and units of groups, and blocks.
+# Outputs, inputs and block: whole and partial panels of 32, tiles of 16, pairs and units of groups, and blocks; more panels than
+# are multiplied before their totals are finished.
 SHAPES = [(35, 8, 8), (16, 12, 256), (17, 48, 48), (33, 172, 32), (1, 172, 64), (15, 288, 256), (40, 576, 48), (70, 576, 256),
-          (64, 1536, 64), (33, 320, 80), (50, 700, 160)]
+          (64, 1536, 64), (33, 320, 80), (50, 700, 160), (600, 40, 32)]
 # Every mixture of register tiles, and one or two chunks of 48.
 TOKENS = (*range(1, 10), 13, 33, 49)
 
@@ -235,13 +236,14 @@ def test_activations_that_are_not_finite_are_told(bad, weights_format):
 
 
 def run_product(x, parts, layout, mode, threads=1, gated=None, block=64):
-    """Runs a product of several parts; returns the status of quantising x and of the product."""
+    """Runs a product of several parts, with several threads panel by panel; returns the status of the product."""
     activation = Activation(len(x), x.shape[1], block, layout not in ("f32", "f16"))
     activation.values[:] = x
     program, tokens = Program(shared_pool(threads)), np.array([len(x)])
     if activation.quantized:
         add_quantize(program, "x", activation, tokens)
-    add_product(program, "product", activation, parts, layout, tokens, mode, WorkDistribution("dynamic", 32, 32), gated)
+    work = WorkDistribution("dynamic", 32, 32) if threads > 1 else None
+    add_product(program, "product", activation, parts, layout, tokens, mode, work, gated)
     program.run()
     return int(program.status[-1])
 
@@ -250,10 +252,10 @@ def run_product(x, parts, layout, mode, threads=1, gated=None, block=64):
 @pytest.mark.parametrize("biased", [False, True])
 def test_parts_of_one_product(biased, weights_format):
     """q, k and v: each goes to an array of its own, with rows as long as that array's, or is added to what is there."""
-    k, widths, room = 172, (70, 32, 17), (80, 32, 17)
+    k, widths, room = 172, (330, 32, 17), (340, 32, 17)
     made = [make(weights_format, n, k, 64) for n in widths]
     biases = [normal(n, n) if biased else None for n in widths]
-    for tokens in (1, 11, 50):
+    for tokens in (1, 3, 11, 50):
         x = normal((tokens, k), 2)
         expected = [expected_outputs(x, part, 64, bias) for (part, _), bias in zip(made, biases, strict=True)]
         for mode, threads in ((products.FLOAT, 1), (products.FLOAT, 3), (products.ADD, 2)):
@@ -290,19 +292,32 @@ def test_a_status_names_the_part():
 def test_gate_and_up_fused(biased, n, block, weights_format):
     k = 172
     (gate, held_gate), (up, held_up) = make(weights_format, n, k, 64, 0.3), make(weights_format, n, k, 64, 0.2)
+    codebooks = [getattr(part, "codebook", None) for part in (gate, up)]
+    pair = weights.allocate_pair(weights_format, n, Blocks(k, 64), codebooks)
+    for held, part in zip(pair, (gate, up), strict=True):
+        weights.fill(held, 0, part)
     biases = (normal(n, 7), normal(n, 8)) if biased else (None, None)
-    for tokens, threads in ((1, 1), (9, 2), (50, 1)):
+    for tokens, threads, held in ((1, 1, pair), (5, 1, pair), (9, 2, pair), (9, 1, (held_gate, held_up)), (50, 1, pair)):
         x = normal((tokens, k), 2)
         values = [expected_outputs(x, part, 64, bias) for part, bias in zip((gate, up), biases, strict=True)]
         expected = reference.silu_multiply(*values)
         gated = Activation(tokens + 1, n, block, isinstance(gate, Packed))
         gated.values[tokens:] = 5
-        parts = [held.part(None, bias) for held, bias in zip((held_gate, held_up), biases, strict=True)]
+        parts = [each.part(None, bias) for each, bias in zip(held, biases, strict=True)]
         assert run_product(x, parts, held_gate.layout, products.GATED, threads, gated) == OK
         assert_same(gated.values[:tokens], expected)
         assert (gated.values[tokens:] == 5).all()
         if gated.quantized:
             assert_quantized(gated, expected, block)
+
+
+def test_gate_and_up_alternate_in_memory():
+    """Panel by panel, as they are read; each has its own rows in its own panels."""
+    gate, up = weights.allocate_pair("q8", 70, Blocks(64, 64))
+    panel = 2 * gate.data.shape[2]
+    assert gate.data.shape == up.data.shape == (3, 2, gate.data.shape[2]) and gate.data.strides[0] == 2 * panel
+    assert up.data.__array_interface__["data"][0] - gate.data.__array_interface__["data"][0] == panel
+    assert not np.shares_memory(gate.data, up.data)
 
 
 def assert_quantized(activation, expected, block):
