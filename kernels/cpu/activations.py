@@ -29,13 +29,15 @@ class Activation:
         self.blocks, self.quantized = Blocks(columns, block), quantized
         self.x = self.scales = self.corrections = None
         per_block = self.blocks.groups_per_block
+        # No power of two from unit to unit: the units of a few rows lie in different sets of the caches.
+        capacity = rows + (3 - rows) % 16
         if quantized:
             units = max(1, -(-self.blocks.groups // (UNIT // per_block * per_block)))
-            self.x = aligned((units, rows, UNIT * GROUP), np.int8, 0)
-            self.scales = aligned((units, rows, UNIT), np.float32, 0)
-            self.corrections = aligned((units, rows, UNIT), np.int32, 0)
+            self.x = aligned((units, capacity, UNIT * GROUP), np.int8, 0)
+            self.scales = aligned((units, capacity, UNIT), np.float32, 0)
+            self.corrections = aligned((units, capacity, UNIT), np.int32, 0)
         self.record = np.array([(address(self.values), columns, columns, block, address(self.x), address(self.scales),
-                                 address(self.corrections), rows, per_block)], ACTIVATION)
+                                 address(self.corrections), capacity, per_block)], ACTIVATION)
 
     @property
     def nbytes(self) -> int:
