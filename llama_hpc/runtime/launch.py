@@ -28,7 +28,7 @@ _LOCAL_TASKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TAS
 # shared memory. Without it a waiting rank holds its core until the kernel takes it away, and ranks that share cores can take
 # minutes for steps of milliseconds.
 _GIVE_WAY = {"OMPI_MCA_mpi_yield_when_idle": "1"} | {
-    f"MPIR_CVAR_{name}_POSIX_INTRA_ALGORITHM": "mpir" for name in ("ALLREDUCE", "BARRIER", "BCAST", "IBCAST", "REDUCE")}
+    f"MPIR_CVAR_{name}_POSIX_INTRA_ALGORITHM": "mpir" for name in ("ALLREDUCE", "BCAST")}
 
 
 def world():
