@@ -24,11 +24,9 @@ _LAUNCHERS = (
 # Number of tasks on this node, of Open MPI and MPICH; of SLURM a list for all nodes, as in 4(x3),2.
 _LOCAL_TASKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE")
 
-# What makes ranks that wait inside of MPI give way: a setting of Open MPI, and in MPICH other algorithms than those that wait in
-# shared memory. Without it a waiting rank holds its core until the kernel takes it away, and ranks that share cores can take
-# minutes for steps of milliseconds.
-_GIVE_WAY = {"OMPI_MCA_mpi_yield_when_idle": "1"} | {
-    f"MPIR_CVAR_{name}_POSIX_INTRA_ALGORITHM": "mpir" for name in ("ALLREDUCE", "BCAST")}
+# What makes ranks that wait inside of MPI give way, in Open MPI and MPICH. Without it a waiting rank holds its core until
+# the kernel takes it away, and ranks that share cores can take minutes for a step of milliseconds.
+_GIVE_WAY = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 
 
 def world():

@@ -113,7 +113,7 @@ def _prompts(folder: Path, key: str, convert) -> Path:
     return path
 
 
-def perform(mpirun, run: Run, folder: Path, timeout: int = 300) -> Outcome:
+def perform(mpirun, run: Run, folder: Path, timeout: int = 600) -> Outcome:
     """``python -m llama_hpc run …`` as a job of its own. Raises AssertionError with its output when it fails."""
     output, start = folder / "run.h5", time.monotonic()
     output.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def perform(mpirun, run: Run, folder: Path, timeout: int = 300) -> Outcome:
     return _outcome(output, time.monotonic() - start)
 
 
-def perform_together(mpirun, runs: list[Run], folder: Path, timeout: int = 300) -> dict[Run, Outcome]:
+def perform_together(mpirun, runs: list[Run], folder: Path, timeout: int = 600) -> dict[Run, Outcome]:
     """The same command lines in fewer jobs: one for every MPI, number of ranks and number of threads."""
     outcomes = {}
     for kind in sorted({(run.layout.mpi, run.layout.threads, run.layout.ranks) for run in runs}):
