@@ -1,8 +1,8 @@
 """Panels: the products of up to 32 rows of quantised weights (two tiles of 16) with some tokens, as int64 totals.
 
 Activations lie by units of eight groups (256 k): x int8 [units, capacity, 256], x_scales float32 and corrections int32 [units,
-capacity, 8]; tokens of a unit are neighbours in the caches. Totals are int64 [tokens, 32], the sum over reduction blocks of
-rint(block value * 2**32).
+capacity, 8]; tokens of a unit are neighbours in the caches. Totals are int64 [panels, tokens, 32], the sum over reduction blocks
+of rint(block value * 2**32).
 
 Weights are decoded in registers, in the order in which they stream from memory, anew for each register tile: one lookup serves
 the dot products of all its tokens, and nothing is written back.

@@ -25,7 +25,8 @@ _LAUNCHERS = (
 _LOCAL_TASKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE")
 
 # What makes ranks that wait inside of MPI give way, in Open MPI and MPICH. Without it a waiting rank holds its core until
-# the kernel takes it away, and ranks that share cores can take minutes for a step of milliseconds.
+# the kernel takes it away, and ranks that share cores can take minutes for steps of milliseconds. MPICH's sums in shared memory
+# hold it all the same.
 _GIVE_WAY = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 
 
@@ -33,7 +34,7 @@ def world():
     """MPI.COMM_WORLD, initialising MPI on the first call (collective then, as MPI_Init is).
 
     The thread level is SERIALIZED: any thread may call MPI, one at a time. With more ranks than cores on this node, those
-    that wait give way.
+    that wait give way where the library can.
     Raises LaunchError (collective) when no MPI library can be loaded.
     """
     import mpi4py
