@@ -25,7 +25,7 @@ class Activation:
     """
 
     def __init__(self, rows: int, columns: int, block: int, quantized: bool):
-        self.values = aligned((rows, columns), np.float32, 0)
+        self.values = aligned((rows, columns), np.float32)
         self.blocks, self.quantized = Blocks(columns, block), quantized
         self.x = self.scales = self.corrections = None
         per_block = self.blocks.groups_per_block
@@ -33,9 +33,9 @@ class Activation:
         capacity = rows + (3 - rows) % 16
         if quantized:
             units = max(1, -(-self.blocks.groups // (UNIT // per_block * per_block)))
-            self.x = aligned((units, capacity, UNIT * GROUP), np.int8, 0)
-            self.scales = aligned((units, capacity, UNIT), np.float32, 0)
-            self.corrections = aligned((units, capacity, UNIT), np.int32, 0)
+            self.x = aligned((units, capacity, UNIT * GROUP), np.int8)
+            self.scales = aligned((units, capacity, UNIT), np.float32)
+            self.corrections = aligned((units, capacity, UNIT), np.int32)
         self.record = np.array([(address(self.values), columns, columns, block, address(self.x), address(self.scales),
                                  address(self.corrections), capacity, per_block)], ACTIVATION)
 

@@ -27,7 +27,7 @@ def address(array: np.ndarray | None) -> int:
 
 
 def aligned(shape, dtype, fill=None) -> np.ndarray:
-    """An array that starts at a multiple of 64 bytes; ``fill`` None leaves its memory untouched."""
+    """An array that starts at a multiple of 64 bytes; without ``fill`` zeros, which take no memory before they are written to."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

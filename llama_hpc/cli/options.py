@@ -1,6 +1,7 @@
 """Options that several commands share, and their values."""
 
 import argparse
+import re
 
 FORMATS = ("q3_5", "q4", "q8", "f16", "f32")      # of weights
 
@@ -17,6 +18,14 @@ def whole(lowest: int, highest: int | None = None):
             raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, got {text!r}")
         return value
     return parse
+
+
+def memory_size(text: str) -> int:
+    """An argparse type: bytes, with a unit of 1024 such as 512M or 1.5GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be a number of bytes, or with a unit such as 512M or 4G, got {text!r}")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def add_model(parser: argparse.ArgumentParser, needs_model: bool = True) -> None:
@@ -46,7 +55,7 @@ def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True) -> Non
                         help="replicas x pipeline stages x tensor ranks, or auto (default): as many replicas as memory allows")
     for name, meaning in (("data", "replicas"), ("pipeline", "pipeline stages"), ("tensor", "tensor ranks")):
         layout.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{meaning}, instead of --grid")
-    layout.add_argument("--max-seqs", type=whole(1), default=16, metavar="N",
+    layout.add_argument("--max-seqs", type=whole(1), default=64, metavar="N",
                         help="sequences that a replica answers at a time (default: %(default)s)")
     layout.add_argument("--max-seq-len", type=whole(2), metavar="N",
                         help="limit of prompt and answer together, in tokens (default: the model's context; info: at most 2048)")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_layout, add_threads, grid_shape, whole
+from llama_hpc.cli.options import add_layout, add_threads, grid_shape, memory_size, whole
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -24,10 +24,18 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's end tokens")
     batching = parser.add_argument_group("batching (changes speed and memory, never the answers)")
-    batching.add_argument("--prefill-chunk", type=whole(1), default=256, metavar="N",
-                          help="prompt tokens that a sequence takes in one step (default: %(default)s)")
+    batching.add_argument("--token-budget", type=whole(1), default=8192, metavar="N",
+                          help="tokens of a step at most, of prompts and answers together (default: %(default)s)")
     batching.add_argument("--micro-batches", type=whole(1), metavar="N",
-                          help="micro-batches in flight on the pipeline (default: one a stage)")
+                          help="steps under way at once on the pipeline (default: by the number of stages)")
+    batching.add_argument("--prefill-micro-batch", type=whole(1), metavar="N",
+                          help="prompt tokens of a step at most (default: the token budget; on a pipeline less)")
+    batching.add_argument("--decode-micro-batch", type=whole(1), metavar="N",
+                          help="decoding sequences of a step at most (default: an equal share of those that run)")
+    batching.add_argument("--kv-memory", type=memory_size, metavar="SIZE",
+                          help="memory of each rank's KV cache, such as 4G (default: 85 %% of what it may use, less weights)")
+    batching.add_argument("--no-prefix-sharing", dest="prefix_sharing", action="store_false",
+                          help="compute equal beginnings of prompts for each prompt anew")
     return parser
 
 

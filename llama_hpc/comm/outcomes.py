@@ -3,50 +3,67 @@
 import numpy as np
 from mpi4py import MPI
 
-NONE = -1
+_FAULT, _LAST, _ADMITTED, _HEAD = range(4)
 
 
 class Outcome:
-    """Decisions about one micro-batch, one int64 array: a fault code, and for every slot ``token``, ``done``, ``admit``.
+    """Decisions about one step, one int64 array: a fault code, whether it is the last one, and for every output of the step
+    ``token`` and ``done``, 1 when the sequence has ended with it; then the requests that are admitted, at most ``max_seqs``."""
 
-    ``token``: what was sampled (NONE: nothing); ``done``: 1 when the sequence has ended; ``admit``: the request that
-    takes the slot next (NONE: nobody).
-    """
-
-    def __init__(self, slots: int):
-        self.data = np.zeros(1 + 3 * slots, np.int64)
-        self.token, self.done, self.admit = self.data[1:].reshape(3, slots)
+    def __init__(self, max_seqs: int):
+        self.data = np.zeros(_HEAD + 3 * max_seqs, np.int64)
+        self.token, self.done, self._requests = self.data[_HEAD:].reshape(3, max_seqs)
 
     @property
     def fault(self) -> int:
-        return int(self.data[0])
+        return int(self.data[_FAULT])
 
-    @fault.setter
-    def fault(self, code: int) -> None:
-        self.data[0] = code
+    @property
+    def last(self) -> bool:
+        return bool(self.data[_LAST])
 
-    def clear(self) -> None:
-        self.data[0] = 0
-        self.token[:] = self.admit[:] = NONE
-        self.done[:] = 0
+    @property
+    def admitted(self) -> np.ndarray:
+        """Numbers of the requests that this replica answers from now on."""
+        return self._requests[: self.data[_ADMITTED]]
+
+    def decide(self, fault: int, last: bool, admitted: list[int]) -> None:
+        """Sets all but tokens and ends."""
+        self.data[:_HEAD] = fault, last, len(admitted)
+        self._requests[: len(admitted)] = admitted
 
 
-class OutcomeBroadcast:
-    """Broadcasts outcomes from the leader of ``comm`` while the ranks compute other micro-batches.
+class Outcomes:
+    """Carries outcomes from the leader of ``comm`` to the other ranks while these compute: a ring of ``depth`` steps under way.
 
-    ``post`` is collective over ``comm`` and called for the same micro-batches in the same order on every rank; ``wait``
-    ends the last ``post`` of that micro-batch.
+    For each step in turn every rank calls ``post``, then, ``depth`` steps later at the latest, every
+    rank ``wait``. Messages go from the leader to each rank directly: no rank has to be inside of MPI for another one's.
     """
 
-    def __init__(self, comm: MPI.Comm, leader: int, micro_batches: int, slots: int):
-        self.comm, self.leader = comm, leader
-        self.outcomes = [Outcome(slots) for _ in range(micro_batches)]
-        self._requests: list[MPI.Request] = [MPI.REQUEST_NULL] * micro_batches
+    def __init__(self, comm: MPI.Comm, leader: int, depth: int, max_seqs: int):
+        self.outcomes = [Outcome(max_seqs) for _ in range(depth)]
+        self.leads = comm.rank == leader
+        others = [rank for rank in range(comm.size) if rank != leader]
+        def requests(data: np.ndarray, tag: int) -> list[MPI.Prequest]:
+            if self.leads:
+                return [comm.Send_init(data, rank, tag) for rank in others]
+            return [comm.Recv_init(data, leader, tag)]
+        self._requests = [requests(outcome.data, tag) for tag, outcome in enumerate(self.outcomes)]
 
-    def post(self, micro_batch: int) -> None:
-        if self.comm.size > 1:
-            self._requests[micro_batch] = self.comm.Ibcast(self.outcomes[micro_batch].data, self.leader)
+    def of(self, step: int) -> Outcome:
+        """The leader's place for the decisions about a step."""
+        return self.outcomes[step % len(self.outcomes)]
 
-    def wait(self, micro_batch: int) -> Outcome:
-        self._requests[micro_batch].Wait()
-        return self.outcomes[micro_batch]
+    def post(self, step: int) -> None:
+        """Sends the step's outcome, or readies a rank to receive it."""
+        MPI.Prequest.Startall(self._requests[step % len(self.outcomes)])
+
+    def wait(self, step: int) -> Outcome:
+        """The outcome of a step that was posted."""
+        MPI.Request.Waitall(self._requests[step % len(self.outcomes)])
+        return self.of(step)
+
+    def free(self) -> None:
+        """Releases the requests, none of which is under way."""
+        for request in (request for ring in self._requests for request in ring):
+            request.Free()

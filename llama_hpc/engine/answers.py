@@ -7,7 +7,8 @@ import numpy as np
 
 from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.kernels.cpu.sampling import weigh
-from llama_hpc.kernels.sampling import choose, chosen_logprob, philox, request_key
+from llama_hpc.kernels.numerics import log_probability
+from llama_hpc.kernels.sampling import choose, philox, request_key
 from llama_hpc.results.schema import Output
 
 
@@ -22,17 +23,10 @@ class ReadyRequest:
     limit: int
 
 
-class Sampler:
-    """Draws tokens from whole rows of logits."""
-
-    def __init__(self, vocab_size: int):
-        self._weights = np.zeros(vocab_size, np.int64)
-
-    def draw(self, logits: np.ndarray, params: SamplingParams, key: tuple[int, int], index: int) -> tuple[int, np.float32]:
-        """(token, its log-probability under the raw logits) for float32 logits [V]; ``index`` counts the answer's tokens."""
-        random = philox(key, (0, index, 0, 0))[0] if params.temperature else 0
-        token = choose(logits, params.temperature, params.top_k, params.top_p, random, weigh)
-        return token, chosen_logprob(logits, token, self._weights, weigh)
+def draw(logits: np.ndarray, params: SamplingParams, key: tuple[int, int], index: int) -> int:
+    """A token for float32 logits [V] of a whole row; ``index`` counts the answer's tokens."""
+    random = philox(key, (0, index, 0, 0))[0] if params.temperature else 0
+    return choose(logits, params.temperature, params.top_k, params.top_p, random, weigh)
 
 
 class Answer:
@@ -48,10 +42,14 @@ class Answer:
         self._cut: int | None = None
         self._started, self._first_token = started, 0.0
 
-    def extend(self, logits: np.ndarray, sampler: Sampler) -> int:
-        """Samples one token from float32 logits [V], notes it and whether the answer ends with it."""
+    def extend(self, likeliest: int, maximum: np.float32, total: int, logits: np.ndarray | None) -> int:
+        """Takes the likeliest token or, with ``logits`` float32 [V], samples one; notes it and whether the answer ends with it.
+
+        ``maximum`` is the largest raw logit, ``total`` the sum of weights relative to it.
+        """
         params = self.request.params
-        token, logprob = sampler.draw(logits, params, self._key, len(self.tokens))
+        token = likeliest if logits is None else draw(logits, params, self._key, len(self.tokens))
+        logprob = log_probability(maximum if logits is None else logits[token], maximum, total)
         if not self.tokens:
             self._first_token = time.monotonic()
         self.tokens.append(token)
@@ -68,10 +66,10 @@ class Answer:
         self._cut = min(found, default=None)
         return bool(found)
 
-    def output(self, origin: float) -> Output:
+    def output(self, origin: float, setbacks: int = 0) -> Output:
         """The finished answer; times are seconds after ``origin``. Text ends before an end token or stop string."""
         tokens = self.tokens[:-1] if self.tokens[-1] in self._ends else self.tokens
         text = self._decode(tokens)[: self._cut] if self._decode else ""
         times = {"start": self._started, "first_token": self._first_token, "end": time.monotonic()}
         return Output(self.request.index, 0, np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32), text,
-                      self.finish_reason, {name: value - origin for name, value in times.items()})
+                      self.finish_reason, {name: value - origin for name, value in times.items()}, setbacks)

@@ -11,14 +11,18 @@ from mpi4py import MPI
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.answers import ReadyRequest
-from llama_hpc.engine.layout import auto_grid
+from llama_hpc.engine.layout import auto_grid, cache_pages, check_pages
 from llama_hpc.engine.prepare import longest, prepare
-from llama_hpc.engine.replica import COUNTERS, FINISHED, TOKENS, BatchPlan, Replica
+from llama_hpc.engine.queue import COUNTERS, FINISHED, TOKENS, RequestQueue, by_cost
+from llama_hpc.engine.replica import BatchPlan, Replica
 from llama_hpc.engine.requests import read_requests
+from llama_hpc.engine.scheduler import StepLimits
 from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.workers import Pool
+from llama_hpc.kernels.numerics import PAGE
+from llama_hpc.model.kv_cache import pages_of
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import TransformerStage
@@ -34,6 +38,7 @@ from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
 from llama_hpc.weights.store import Store
 
 _LOG = logging.getLogger(__name__)
+PREFILL = 512                   # prompt tokens of a step on a pipeline
 _POLL = 0.2                     # seconds between looks at the shared counters
 
 
@@ -58,14 +63,13 @@ class Job:
             self.weights = weights_format(checkpoint, self.args.weights)
         shape = self._shape(checkpoint, ready)
         grid = Grid.create(self.comm, shape)
-        plan = BatchPlan.of(shape.data, shape.pipeline, len(ready), self.args.max_seqs, self.args.prefill_chunk,
-                            self.args.micro_batches)
+        plan = self._plan(checkpoint, grid, ready)
         self._announce(checkpoint, grid, plan)
         self._compile()
         stage = self._load(checkpoint, grid, plan, longest(ready))
         content_hash = fingerprint(checkpoint, self.comm)
-        outputs, seconds = self._answer(grid, stage, plan, ready, checkpoint)
-        self._finish(grid, stage, plan, outputs, seconds, content_hash)
+        outputs, work, seconds = self._answer(grid, stage, plan, ready, checkpoint)
+        self._finish(grid, stage, plan, outputs, work, seconds, content_hash)
         return 0
 
     def _read(self) -> list[ReadyRequest]:
@@ -82,14 +86,29 @@ class Job:
         return ready
 
     def _shape(self, checkpoint: Checkpoint, ready: list[ReadyRequest]) -> GridShape:
-        memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN)
+        self.memory = memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN)
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
         with agreed(self.comm, "choosing the grid"):
             shape = self.asked_shape or auto_grid(
                 checkpoint.config, self.weights, self.comm.size, per_node, memory, len(ready), self.args.max_seqs,
-                longest(ready))
+                longest(ready), -(-sum(len(r.prompt) + r.limit for r in ready) // len(ready)))
             check_grid(checkpoint.config, shape)
         return shape
+
+    def _plan(self, checkpoint: Checkpoint, grid: Grid, ready: list[ReadyRequest]) -> BatchPlan:
+        """How replicas batch; the cache is as large as the rank of least room of each replica allows."""
+        args, config, shape = self.args, checkpoint.config, grid.shape
+        at_once = min(args.max_seqs, -(-len(ready) // shape.data))
+        pages = cache_pages(config, self.weights, stage_shares(config, shape.pipeline)[grid.stage],
+                            TensorShare.of(config, shape.tensor, grid.tensor_index), self.memory, args.kv_memory)
+        pages = self.comm.allreduce(pages, MPI.MIN)
+        with agreed(self.comm, "planning the KV cache"):
+            check_pages(pages, ready, args.kv_memory is not None)
+        budget = min(args.token_budget, at_once * longest(ready))
+        depth = args.micro_batches or shape.pipeline
+        prefill = args.prefill_micro_batch or (budget if depth == 1 else PREFILL)
+        return BatchPlan(at_once, depth, StepLimits(budget, min(prefill, budget), args.decode_micro_batch or 0),
+                         min(pages, at_once * pages_of(longest(ready))), args.prefix_sharing)
 
     def _announce(self, checkpoint: Checkpoint, grid: Grid, plan: BatchPlan) -> None:
         hosts = len(set(self.comm.allgather(hostname())))
@@ -99,8 +118,8 @@ class Job:
         _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.args.model, config.family,
                   parameters(config) / 1e6, weights, packed_bits(config, weights)[1])
         _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each (%s kernels), "
-                  "%d sequences a replica", grid.shape, self.comm.size, hosts, "s" * (hosts > 1), self.threads,
-                  "s" * (self.threads > 1), kernels(), plan.sequences)
+                  "%d sequences and %d tokens in the cache of a replica", grid.shape, self.comm.size, hosts, "s" * (hosts > 1),
+                  self.threads, "s" * (self.threads > 1), kernels(), plan.max_seqs, plan.pages * PAGE)
 
     def _compile(self) -> None:
         start = time.monotonic()
@@ -121,15 +140,16 @@ class Job:
             try:
                 weights = load_stage(checkpoint, self.weights, part, share, reducer, grid.stage_comm, threads=self.threads,
                                      progress=progress.update, hashes=hashes, pool=self.pool)
-                stage = TransformerStage(config, part, share, weights, reducer, self.pool, sequences=plan.sequences,
-                                         max_seq_len=max_seq_len, max_rows=plan.max_rows, max_outputs=plan.slots)
+                stage = TransformerStage(config, part, share, weights, reducer, self.pool, sequences=plan.max_seqs,
+                                         max_seq_len=max_seq_len, max_rows=plan.limits.token_budget, max_outputs=plan.max_seqs,
+                                         pages=plan.pages)
             except PeerFailed:
                 pass    # The rank that failed says why.
         return stage
 
     def _answer(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], checkpoint: Checkpoint
-                ) -> tuple[list[Output], float]:
-        """Outputs of this replica (on its leader, else none), and the seconds that the job took to answer."""
+                ) -> tuple[list[Output], dict[str, int], float]:
+        """Outputs of this replica (on its leader, else none), what this rank did, and the seconds that the job took to answer."""
         tokenizer = load_tokenizer(checkpoint.path) if grid.is_leader else None
         eos = frozenset(checkpoint.config.eos_token_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
         def decode(ids) -> str:
@@ -139,7 +159,8 @@ class Job:
         start = time.monotonic()
         with Progress(len(ready), "prompts", "answering", show=self.first) as progress:
             watch = _Watch(counters, progress) if self.first else None
-            replica = Replica(grid, stage, ready, plan, counters, eos, decode if tokenizer else None, start, watch)
+            queue = RequestQueue(by_cost(ready), counters, grid.data_index, grid.shape.data, plan.max_seqs)
+            replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, watch)
             outputs = replica.run()
             if watch:
                 watch.until(len(ready))
@@ -150,13 +171,13 @@ class Job:
             _LOG.info("%d prompts answered with %d tokens in %.2f s: %.1f tokens/s",
                       len(ready), tokens, seconds, tokens / seconds)
         counters.free()
-        return outputs, seconds
+        return outputs, replica.work(), seconds
 
-    def _finish(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, outputs: list[Output], seconds: float,
-                content_hash: str) -> None:
+    def _finish(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, outputs: list[Output], work: dict[str, int],
+                seconds: float, content_hash: str) -> None:
         ranks = self.comm.gather({"host": hostname(), "data": grid.data_index, "stage": grid.stage, "tensor": grid.tensor_index,
                                   "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes,
-                                  "reductions": stage.reducer.calls, "answers": len(outputs), "kernels": kernels()})
+                                  "reductions": stage.reducer.calls, "answers": len(outputs), "kernels": kernels()} | work)
         gathered, hashes = self.comm.gather(outputs), self.comm.gather(self.hashes)
         if self.first:
             shape = grid.shape
@@ -168,7 +189,7 @@ class Job:
                 "kernels": sorted({rank["kernels"] for rank in ranks}),
                 "hosts": sorted({rank["host"] for rank in ranks}), "rank_table": ranks,
                 "settings": settings | {"weights": self.weights, "threads": self.threads, "grid": str(shape),
-                                        "micro_batches": plan.micro_batches},
+                                        "micro_batches": plan.depth},
                 "end_time": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": seconds,
             }
             if self.hashes is not None:

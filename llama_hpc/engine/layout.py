@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 
+from llama_hpc.engine.answers import ReadyRequest
+from llama_hpc.engine.sampling_params import shown
 from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
+from llama_hpc.kernels.numerics import PAGE
 from llama_hpc.model.config import ModelConfig
+from llama_hpc.model.kv_cache import pages_of
 from llama_hpc.model.shares import StageShare, TensorShare, stage_shares
 from llama_hpc.model.sizes import cache_bytes, weight_bytes
 
@@ -38,8 +42,10 @@ def rank_shares(config: ModelConfig, weights_format: str, shape: GridShape, cach
 
 
 def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_node: int, memory_per_rank: int, requests: int,
-              max_seqs: int, max_seq_len: int) -> GridShape:
+              max_seqs: int, max_seq_len: int, usual_len: int | None = None) -> GridShape:
     """As many replicas as memory allows, each of the fewest ranks that hold the model and its cache.
+
+    The cache is to hold a sequence of ``max_seq_len`` positions, and all that run at a time if they take ``usual_len`` each.
 
     Tensor ranks are preferred to stages, and do not span nodes of ``ranks_per_node`` ranks each. ``memory_per_rank`` is in
     bytes. Raises UsageError when no grid of this many ranks holds the model.
@@ -52,8 +58,8 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
                    if size % t == 0 and t <= config.num_heads and size // t <= config.num_layers
                    and (ranks_per_node % t == 0 or ranks <= ranks_per_node)]
         for shape in reversed(fitting):
-            need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, sequences * max_seq_len)
-                       if r.data == 0)
+            positions = max(max_seq_len, sequences * (usual_len or max_seq_len))
+            need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, positions) if r.data == 0)
             if need <= budget:
                 return shape
             needs.append((need, shape))
@@ -61,3 +67,22 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
     raise UsageError(
         f"the model and its cache need {least / 2**30:.1f} GiB on a rank even on grid {shape}, but a rank may use "
         f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --max-seqs or --max-seq-len")
+
+
+def cache_pages(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare, memory: int,
+                kv_memory: int | None) -> int:
+    """Pages of the KV cache that one rank can hold, whose processes may use ``memory`` bytes; ``kv_memory`` bytes if given."""
+    room = kv_memory
+    if room is None:
+        room = int(memory * USABLE) - OVERHEAD - weight_bytes(config, weights_format, stage, share)
+    return max(0, room) // (PAGE * cache_bytes(config, weights_format, stage, share))
+
+
+def check_pages(pages: int, ready: list[ReadyRequest], chosen: bool) -> None:
+    """Raises UsageError for a cache of ``pages`` that cannot hold one of the requests alone. ``chosen``: by --kv-memory."""
+    longest = max(ready, key=lambda request: len(request.prompt) + request.limit)
+    need = len(longest.prompt) + longest.limit
+    if pages < pages_of(need):
+        what = "raise --kv-memory" if chosen else "use more ranks in a replica, or a smaller --weights format"
+        raise UsageError(f"the KV cache holds {pages * PAGE} tokens, but request {shown(longest.id)} needs {need} (a prompt of "
+                         f"{len(longest.prompt)} and up to {longest.limit} more): {what}, or lower --max-tokens or --max-seq-len")

@@ -1,175 +1,149 @@
-"""The loop of one replica: stages in a pipeline, micro-batches in flight, one leader that samples and decides."""
+"""The loop of one replica: stages in a pipeline, several steps under way, one leader that samples and decides."""
 
 import time
 from dataclasses import dataclass
 
 import numpy as np
-from mpi4py import MPI
 
 from llama_hpc.comm.counter import SharedCounters
-from llama_hpc.comm.outcomes import OutcomeBroadcast
+from llama_hpc.comm.outcomes import Outcomes
 from llama_hpc.comm.pipeline import StageChannel
-from llama_hpc.engine.answers import Answer, ReadyRequest, Sampler
-from llama_hpc.engine.batching import MicroBatch
+from llama_hpc.engine.answers import Answer, ReadyRequest
+from llama_hpc.engine.logits import LogitsGather
+from llama_hpc.engine.pages import PagePool
+from llama_hpc.engine.queue import FINISHED, TOKENS, RequestQueue
+from llama_hpc.engine.scheduler import Scheduler, Sequence, StepLimits
 from llama_hpc.grid import Grid
-from llama_hpc.model.faults import NONE, error_of
+from llama_hpc.model.faults import error_of
 from llama_hpc.model.transformer import TransformerStage
 from llama_hpc.results.schema import Output
-
-NEXT, FINISHED, TOKENS, COUNTERS = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a replica batches: micro-batches in flight, slots of each, prefill tokens a sequence takes per step, rows per step."""
+    """How a replica batches: sequences at a time, steps under way at once, what a step may hold."""
 
-    micro_batches: int
-    slots: int
-    prefill_chunk: int
-    max_rows: int
-
-    @classmethod
-    def of(cls, grid_data: int, stages: int, requests: int, max_seqs: int, prefill_chunk: int,
-           micro_batches: int | None = None) -> "BatchPlan":
-        """``max_seqs`` sequences a replica, but no more than its fair share of the requests, dealt to micro-batches.
-
-        By default as many micro-batches as stages, so that every stage can work at any time.
-        """
-        sequences = min(max_seqs, -(-requests // grid_data))
-        count = min(micro_batches or stages, sequences)
-        slots = min(-(-sequences // count), max_seqs // count)
-        return cls(count, slots, prefill_chunk, max(prefill_chunk, slots))
-
-    @property
-    def sequences(self) -> int:
-        return self.micro_batches * self.slots
+    max_seqs: int
+    depth: int
+    limits: StepLimits
+    pages: int                  # of the KV cache
+    sharing: bool = True        # of equal beginnings
 
 
 class Replica:
     """One rank's part in answering requests. ``run`` is collective over the replica; only the leader gets outputs.
 
-    ``requests`` are all requests of the job, the same on every rank; which ones this replica answers the shared counter
-    decides. ``decode`` turns ids into text (leader only; None without a tokenizer).
+    ``requests`` are all requests of the job, the same on every rank; ``queue`` tells the leader which ones are this replica's.
+    ``decode`` turns ids into text (leader only; None without a tokenizer). Times are seconds after ``origin``.
     """
 
-    def __init__(self, grid: Grid, stage: TransformerStage, requests: list[ReadyRequest], plan: BatchPlan,
+    def __init__(self, grid: Grid, stage: TransformerStage, requests: list[ReadyRequest], plan: BatchPlan, queue: RequestQueue,
                  counters: SharedCounters, eos_ids: frozenset[int], decode, origin: float, tick=None):
-        self.grid, self.stage, self.requests, self.counters = grid, stage, requests, counters
+        self.grid, self.stage, self.requests, self.queue, self.counters = grid, stage, requests, queue, counters
         self.eos_ids, self.decode, self.origin, self.tick = eos_ids, decode, origin, tick or (lambda: None)
-        def prompt(index: int) -> np.ndarray:
-            return requests[index].prompt
-        self.micro_batches = [MicroBatch(m * plan.slots, plan.slots, prompt, plan.prefill_chunk, plan.max_rows)
-                              for m in range(plan.micro_batches)]
-        self.channel = StageChannel(grid.pipeline_comm, plan.micro_batches, plan.max_rows, stage.config.hidden_size)
-        self.broadcast = OutcomeBroadcast(grid.replica, grid.leader_rank, plan.micro_batches, plan.slots)
+        self.plan = plan
+        self.scheduler = Scheduler(plan.limits, plan.max_seqs, PagePool(plan.pages, plan.sharing), stage.cache.pages, plan.depth,
+                                   self._sequences)
+        self.channel = StageChannel(grid.pipeline_comm, plan.depth, plan.limits.token_budget, stage.config.hidden_size)
+        self.outcomes = Outcomes(grid.replica, grid.leader_rank, plan.depth, plan.max_seqs)
         self.gather = LogitsGather(grid.tensor_comm, stage) if grid.last_stage else None
-        self.sampler = Sampler(stage.config.vocab_size)
-        self.answers: list[list[Answer | None]] = [[None] * plan.slots for _ in self.micro_batches]
+        self.answers: dict[int, Answer] = {}
         self.outputs: list[Output] = []
-        self._exhausted = False
+        self._steps = self._tokens = 0
+
+    def _sequences(self, number: int) -> list[Sequence]:
+        request = self.requests[number]
+        return [Sequence(number, 0, request.prompt, request.limit)]
 
     def run(self) -> list[Output]:
         """Answers requests until none is left. Raises NumericsError on every rank of the replica at the same step."""
-        running = list(range(len(self.micro_batches)))
-        for m in running:
-            self._decide_admissions(m)
-            self.broadcast.post(m)
-        while running:
-            for m in list(running):
-                if not self._turn(m):
-                    running.remove(m)
+        self._decide(0, [], 0)
+        self.outcomes.post(0)
+        self.scheduler.apply(self.outcomes.wait(0))
+        last, step, depth = False, 1, self.plan.depth
+        while not last:
+            if step > depth:
+                last = self._learn(step - depth)
+            if not last:
+                self._step(step)
+                step += 1
+        for under_way in range(step - depth + 1, step):
+            self.outcomes.wait(under_way)
+        self.outcomes.free()
         self.channel.finish()
         return self.outputs
 
-    def _turn(self, m: int) -> bool:
-        """One step of one micro-batch on this rank; False when it has nothing left to do."""
-        micro_batch, outcome = self.micro_batches[m], self.broadcast.wait(m)
+    def work(self) -> dict[str, int]:
+        """What this rank has done: counts of steps and tokens run, of tokens found in the cache and not run, of sequences set
+        back, and the most pages that sequences held at a time."""
+        pool = self.scheduler.pool
+        return {"steps": self._steps, "tokens": self._tokens, "shared_tokens": pool.shared_tokens,
+                "setbacks": self.scheduler.setbacks, "pages": pool.count, "pages_used": pool.most_used,
+                "bytes_sent": self.channel.bytes_sent}
+
+    def _learn(self, step: int) -> bool:
+        """Takes over the leader's decisions about a step; whether it was the last one."""
+        outcome = self.outcomes.wait(step)
         if outcome.fault:
             raise self._fault(outcome.fault)
-        micro_batch.apply(outcome)
-        if not micro_batch.active:
-            return False
-        batch, slots = micro_batch.plan()
+        self.scheduler.apply(outcome)
+        return outcome.last
+
+    def _step(self, step: int) -> None:
+        """Plans a step and runs this rank's part of it."""
+        batch, chosen = self.scheduler.plan()
+        if not self.outcomes.leads:
+            self.outcomes.post(step)
         stage = self.stage
-        stage.faults.merge(self.channel.receive(m, stage.residual, batch.rows))
-        stage.forward(batch)
-        self.channel.send(m, stage.residual, batch.rows, stage.faults.code)
+        if batch.rows:
+            self._steps += 1
+            self._tokens += batch.rows
+            stage.faults.merge(self.channel.receive(stage.residual, batch.rows))
+            stage.forward(batch)
+            self.channel.send(stage.residual, batch.rows, stage.faults.code)
         if self.gather is not None:
-            logits, fault = self.gather(len(slots))
-            if self.grid.is_leader:
-                self._decide(m, slots, logits, fault)
+            fault = self.gather.fault() if batch.rows else 0
+            rows = self.gather.rows([i for i, s in enumerate(chosen) if not self.requests[s.request].params.greedy])
+            if self.outcomes.leads:
+                self._decide(step, chosen, fault, rows)
+                self.outcomes.post(step)
         stage.faults.clear()
-        self.broadcast.post(m)
         self.tick()
-        return True
 
     def _fault(self, code: int):
-        # The leader ends the job: exchanges of other micro-batches, and other replicas, are still under way.
+        # The leader ends the job: exchanges of other steps, and other replicas, are still under way.
         error = error_of(code)
         error.reported_elsewhere = not self.grid.is_leader
         return error
 
-    def _decide(self, m: int, slots: list[int], logits: np.ndarray, fault: int) -> None:
-        """The leader's part: sample, end sequences, hand free slots to the next requests."""
-        outcome = self.broadcast.outcomes[m]
-        outcome.clear()
-        outcome.fault = fault
-        if fault:
+    def _decide(self, step: int, chosen: list[Sequence], fault: int, rows: np.ndarray | None = None) -> None:
+        """The leader's part: sample, end sequences, admit requests. ``rows``: logits of the outputs that are not greedy."""
+        if not self.outcomes.leads:
             return
-        for row, slot in enumerate(slots):
-            answer = self.answers[m][slot]
-            outcome.token[slot] = answer.extend(logits[row], self.sampler)
-            if answer.finish_reason:
-                outcome.done[slot] = 1
-                self.outputs.append(answer.output(self.origin))
-                self.answers[m][slot] = None
-                self.counters.add(FINISHED, 1)
-                self.counters.add(TOKENS, len(answer.tokens))
-        self._admit(m)
+        outcome = self.outcomes.of(step)
+        if chosen and not fault:
+            rows = iter(rows)
+            found = zip(chosen, *self.gather.likeliest(len(chosen)), strict=True)
+            for i, (sequence, token, maximum, total) in enumerate(found):
+                answer = self.answers[sequence.request]
+                row = None if answer.request.params.greedy else next(rows)
+                outcome.token[i] = answer.extend(int(token), maximum, int(total), row)
+                outcome.done[i] = bool(answer.finish_reason)
+                if answer.finish_reason:
+                    self._finish(sequence, answer)
+        admitted = self._admit()
+        outcome.decide(fault, self.queue.exhausted and not self.answers, admitted)
 
-    def _decide_admissions(self, m: int) -> None:
-        if self.grid.is_leader:
-            self.broadcast.outcomes[m].clear()
-            self._admit(m)
+    def _finish(self, sequence: Sequence, answer: Answer) -> None:
+        self.outputs.append(answer.output(self.origin, sequence.setbacks))
+        del self.answers[sequence.request]
+        self.counters.add(FINISHED, 1)
+        self.counters.add(TOKENS, len(answer.tokens))
 
-    def _admit(self, m: int) -> None:
-        outcome = self.broadcast.outcomes[m]
-        for slot, answer in enumerate(self.answers[m]):
-            if answer is not None or self._exhausted:
-                continue
-            index = self.counters.add(NEXT, 1)
-            if index >= len(self.requests):
-                self._exhausted = True
-                continue
-            outcome.admit[slot] = index
-            self.answers[m][slot] = Answer(self.requests[index], self.eos_ids, self.decode, time.monotonic())
-
-
-class LogitsGather:
-    """Whole rows of logits, and the fault code, on tensor rank 0 of the last stage. Collective over its tensor group."""
-
-    def __init__(self, comm: MPI.Comm, stage: TransformerStage):
-        self.comm, self.stage = comm, stage
-        self._fault = np.zeros(1, np.int64)
-        rows, vocab_size = stage.logits.shape[0], stage.config.vocab_size
-        self._ranges = comm.allgather(stage.share.vocabulary)
-        root = comm.rank == 0 and comm.size > 1
-        self._parts = np.zeros(rows * vocab_size if root else 0, np.float32)
-        self._whole = np.zeros((rows, vocab_size) if root else (0, 0), np.float32)
-
-    def __call__(self, rows: int) -> tuple[np.ndarray, int]:
-        """(float32 [rows, vocab_size], fault code); on other ranks without meaning."""
-        if self.comm.size == 1:
-            return self.stage.logits[:rows], self.stage.faults.code
-        self._fault[0] = self.stage.faults.code or NONE
-        self.comm.Allreduce(MPI.IN_PLACE, self._fault, op=MPI.MIN)
-        if rows:
-            counts = [rows * len(r) for r in self._ranges]
-            self.comm.Gatherv(self.stage.logits[:rows], (self._parts, counts) if self.comm.rank == 0 else None)
-        if self.comm.rank == 0:
-            start = 0
-            for held in self._ranges:
-                size = rows * len(held)
-                self._whole[:rows, held.start : held.stop] = self._parts[start : start + size].reshape(rows, len(held))
-                start += size
-        return self._whole[:rows], int(self._fault[0]) % NONE
+    def _admit(self) -> list[int]:
+        """Requests for the places that are free."""
+        admitted = []
+        while len(self.answers) < self.plan.max_seqs and (number := self.queue.take()) is not None:
+            self.answers[number] = Answer(self.requests[number], self.eos_ids, self.decode, time.monotonic())
+            admitted.append(number)
+        return admitted

@@ -46,6 +46,11 @@ class SamplingParams:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0
+
     def override(self, settings: Mapping[str, Any]) -> "SamplingParams":
         """These parameters with some replaced, as a request in a prompts file does.
 

@@ -17,18 +17,23 @@ def bytes_per_position(head_dim: int, kv_heads: int, layers: int, dtype) -> int:
 
 
 class KVCache:
-    """Keys and values of ``sequences`` sequences of up to ``max_seq_len`` positions, for the layers of one stage.
+    """``count`` pages of keys and values for the layers of one stage, and which of them each sequence uses: up to
+    ``sequences`` of them, of up to ``max_seq_len`` positions.
 
-    Pools are uint16 (float16 bits) or float32; memory is touched as positions are written. Sequence s owns the pages
-    ``pages[s]``; the same table serves every layer.
+    Pools are uint16 (float16 bits) or float32; memory is touched as positions are written. Position p of sequence s lies on page
+    ``pages[s, p // PAGE]``, in every layer. Without ``count`` each sequence has pages of its own, and the table is final.
     """
 
-    def __init__(self, layers: range, kv_heads: int, head_dim: int, sequences: int, max_seq_len: int, dtype):
+    def __init__(self, layers: range, kv_heads: int, head_dim: int, sequences: int, max_seq_len: int, dtype,
+                 count: int | None = None):
         per_sequence = pages_of(max_seq_len)
-        count = sequences * per_sequence
         self.dtype = np.dtype(dtype)
         self.first_layer = layers.start
-        self.pages = np.arange(count, dtype=np.int32).reshape(sequences, per_sequence)
+        if count is None:
+            count = sequences * per_sequence
+            self.pages = np.arange(count, dtype=np.int32).reshape(sequences, per_sequence)
+        else:
+            self.pages = np.zeros((sequences, per_sequence), np.int32)
         self.keys = [np.empty((count, kv_heads, head_dim, PAGE), dtype) for _ in layers]
         self.values = [np.empty((count, kv_heads, PAGE, padded_head_dim(head_dim)), dtype) for _ in layers]
 

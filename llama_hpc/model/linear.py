@@ -68,7 +68,7 @@ class RowParallelLinear:
         part = weights.part(out, bias if alone else None)
         add_product(steps.program, name, x, [part], weights.layout, steps.rows, mode, work)
         if not alone:
-            steps.exchange(steps.reducer.sum_fixed, sums)
+            steps.exchange(steps.reducer.sum_fixed, sums, steps.rows)
             steps.program.add(name, elementwise.finish_operation, elementwise.FINISH, ONE_TASK.record(steps.pool.threads),
                               rows=steps.rows, sums=sums, columns=residual.shape[1], bias=bias if bias.size else None,
                               residual=residual)

@@ -22,10 +22,10 @@ class Steps:
         self.program = Program(pool)
         self._actions: list = [self.program]
 
-    def exchange(self, function, array: np.ndarray) -> None:
-        """Ends the program here: ``function(array[:rows])`` is called, then the next program runs."""
+    def exchange(self, function, array: np.ndarray, count: np.ndarray) -> None:
+        """Ends the program here: ``function(array[:count])`` is called, then the next one runs; ``count`` is from ``counts``."""
         self.program = Program(self.pool)
-        self._actions += [(function, array), self.program]
+        self._actions += [(function, array, count), self.program]
 
     @property
     def programs(self) -> list[Program]:
@@ -33,14 +33,13 @@ class Steps:
 
     def run(self) -> None:
         """One step; what kernels find wrong goes to ``faults``."""
-        rows = int(self.counts[0])
         for action in self._actions:
             if isinstance(action, Program):
                 if action.names and action.run() >= 0:
                     self._note(action)
             else:
-                function, array = action
-                function(array[:rows])
+                function, array, count = action
+                function(array[: count[0]])
 
     def _note(self, program: Program) -> None:
         """The first fault of a program: two bits for each of the tensors that an operation is named after."""

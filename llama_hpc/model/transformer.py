@@ -6,7 +6,7 @@ import numpy as np
 
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.cpu import attention as attention_kernel
-from llama_hpc.kernels.cpu import elementwise
+from llama_hpc.kernels.cpu import elementwise, sampling
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.memory import aligned
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
@@ -17,7 +17,7 @@ from llama_hpc.model.faults import Faults
 from llama_hpc.model.kv_cache import KVCache
 from llama_hpc.model.layer import LayerWeights, ParallelLayer
 from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights
-from llama_hpc.model.shares import StageShare, TensorShare
+from llama_hpc.model.shares import VOCABULARY_TILE, StageShare, TensorShare
 from llama_hpc.model.steps import Steps
 
 
@@ -64,16 +64,16 @@ class Batch:
 
 
 class Buffers:
-    """Arrays that every layer of a stage writes in turn, allocated once for ``max_rows`` rows."""
+    """Arrays that every layer of a stage writes in turn, allocated once for ``max_rows`` rows; unused rows take no memory."""
 
     def __init__(self, config: ModelConfig, share: TensorShare, quantized: bool, cache: KVCache, max_rows: int, max_outputs: int,
                  max_seq_len: int):
         self.config, self.cache, self.max_rows = config, cache, max_rows
         self.heads, self.kv_heads, ffn = len(share.query_heads), len(share.kv_heads), len(share.ffn)
         def floats(columns: int) -> np.ndarray:
-            return aligned((max_rows, columns), np.float32, 0)
+            return aligned((max_rows, columns), np.float32)
         self.residual = floats(config.hidden_size)
-        self.sums = aligned((max_rows, config.hidden_size), np.int64, 0)
+        self.sums = aligned((max_rows, config.hidden_size), np.int64)
         self.normed = Activation(max_rows, config.hidden_size, BLOCK, quantized)
         self.q, self.k, self.v = (floats(n * config.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))
         self.attended = Activation(max_rows, self.heads * config.head_dim, min(config.head_dim, BLOCK), quantized)
@@ -108,11 +108,12 @@ class TransformerStage:
     """The part of a model that one rank computes. ``forward`` is collective over the tensor group."""
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
-                 pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, schedule: str = "steal"):
+                 pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
+                 schedule: str = "steal"):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.faults = Faults()
         self.cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
-                             np.uint16 if weights.half_cache else np.float32)
+                             np.uint16 if weights.half_cache else np.float32, pages)
         self.buffers = Buffers(config, share, weights.quantized, self.cache, max_rows, max_outputs, max_seq_len)
         pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))
         self.steps = Steps(pool, reducer, self.faults, schedule)
@@ -144,10 +145,23 @@ class TransformerStage:
                           first=self.share.vocabulary.start, held=table.rows, columns=self.config.hidden_size, data=table.data,
                           tile_bytes=table.data.strides[1], form=forms[table.layout], out=b.residual, stride=b.residual.shape[1])
         if self.reducer.size > 1:
-            steps.exchange(self.reducer.sum_disjoint, b.residual)
+            steps.exchange(self.reducer.sum_disjoint, b.residual, steps.rows)
 
     def _add_head(self, max_outputs: int) -> None:
-        b, head = self.buffers, self.weights.head
+        """Logits of this rank's vocabulary, and what sampling needs of the whole one: the largest logit, the sum of weights."""
+        b, head, steps = self.buffers, self.weights.head, self.steps
         selected = Activation(max_outputs, self.config.hidden_size, BLOCK, head.weights.quantized)
-        b.add_norm(self.steps, self.weights.final_norm, selected, self.steps.outputs, "final_norm", selected=b.selected)
-        ColumnParallelLinear(0, {"head": head}).add(self.steps, selected, {"head": self.logits}, self.steps.outputs)
+        b.add_norm(steps, self.weights.final_norm, selected, steps.outputs, "final_norm", selected=b.selected)
+        ColumnParallelLinear(0, {"head": head}).add(steps, selected, {"head": self.logits}, steps.outputs)
+        tiles = -(-self.config.vocab_size // (VOCABULARY_TILE * self.reducer.size))
+        segments = -(-tiles * VOCABULARY_TILE // sampling.SEGMENT)      # of the rank that holds most
+        self.best, self.totals = (np.zeros((max_outputs, segments), np.int64) for _ in range(2))
+        fields = {"rows": steps.outputs, "logits": self.logits, "stride": self.logits.shape[1], "columns": self.logits.shape[1],
+                  "first": self.share.vocabulary.start, "segments": segments, "best": self.best, "totals": self.totals}
+        work = ONE_TASK.record(steps.pool.threads)
+        steps.program.add((0, ()), sampling.best_operation, sampling.LOGITS, work, **fields)
+        if self.reducer.size > 1:
+            steps.exchange(self.reducer.maximum, self.best, steps.outputs)
+        steps.program.add((0, ()), sampling.totals_operation, sampling.LOGITS, work, **fields)
+        if self.reducer.size > 1:
+            steps.exchange(self.reducer.sum_fixed, self.totals, steps.outputs)

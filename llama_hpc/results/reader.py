@@ -103,6 +103,7 @@ class Results:
         samples = self._numbers("outputs/sample", rows).tolist()
         texts = self._strings("outputs/text", rows)
         reasons = self._strings("outputs/finish_reason", rows)
+        setbacks = self._numbers("outputs/setbacks", rows).tolist() if "outputs/setbacks" in self.file else [0] * (stop - start)
         with _damage(self.path):
             timing = {name: column[rows].tolist() for name, column in self.file["timing"].items()}
         batch = []
@@ -110,7 +111,8 @@ class Results:
             piece = slice(self.offsets[start + i] - first, self.offsets[start + i + 1] - first)
             times = {name: values[i] for name, values in timing.items() if values[i] == values[i]}
             request = int(self.request[start + i])
-            batch.append(Output(request, samples[i], tokens[piece], logprobs[piece], texts[i], reasons[i], times))
+            batch.append(Output(request, samples[i], tokens[piece], logprobs[piece], texts[i], reasons[i], times,
+                                setbacks[i]))
         return batch
 
     def _numbers(self, name: str, rows: slice = slice(None)) -> np.ndarray:

@@ -12,6 +12,7 @@ Root attributes: ``format``, ``version``, ``status`` (``complete`` or ``incomple
 ``outputs/sample``           int32 [n]: 0, 1, … among the answers to one prompt
 ``outputs/text``             string [n]
 ``outputs/finish_reason``    string [n]
+``outputs/setbacks``         int32 [n]: how often the answer had to give its place in the KV cache to others
 ``outputs/offsets``          int64 [n+1]: output i holds tokens ``offsets[i]:offsets[i+1]``
 ``outputs/tokens``           int32, flat: generated tokens, with the end token or stop string's tokens if produced
 ``outputs/logprobs``         float32, flat: natural logarithm, of the raw logits, of the token chosen; never -0
@@ -49,6 +50,7 @@ class Output:
     text: str
     finish_reason: str
     timing: dict[str, float] = field(default_factory=dict)
+    setbacks: int = 0
 
 
 def storable(text: str) -> str:

@@ -164,6 +164,7 @@ def _write_requests(group: Any, requests: Sequence[Any], prompt_texts: Sequence[
 def _write_outputs(group: Any, ordered: Sequence[Output]) -> None:
     _numbers(group, "request", np.array([output.request for output in ordered], dtype="<i8"))
     _numbers(group, "sample", np.array([output.sample for output in ordered], dtype="<i4"))
+    _numbers(group, "setbacks", np.array([output.setbacks for output in ordered], dtype="<i4"))
     _strings(group, "text", [output.text for output in ordered])
     _strings(group, "finish_reason", [output.finish_reason for output in ordered])
     _ragged(group, "tokens", [canonical_tokens(output.tokens) for output in ordered], "<i4")

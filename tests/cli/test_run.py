@@ -150,8 +150,8 @@ def mixed(answer):
 
 
 @pytest.mark.parametrize(("option", "value"), [
-    *(("--prefill-chunk", n) for n in (1, 7, 256)), *(("--max-seqs", n) for n in (1, 3, 16)), ("--micro-batches", 2),
-    ("--threads", 2), ("--max-seq-len", 64)])  # fmt: skip
+    *(("--prefill-micro-batch", n) for n in (1, 7, 256)), *(("--max-seqs", n) for n in (1, 3, 16)), ("--micro-batches", 2),
+    ("--decode-micro-batch", 1), ("--token-budget", 5), ("--threads", 2), ("--max-seq-len", 64)])  # fmt: skip
 def test_batching_changes_no_bit(answer, mixed, option, value):
     assert answer(MIXED, option, value).digest == mixed.digest
 
@@ -192,7 +192,7 @@ def test_the_file_says_where_the_answers_come_from(mpirun, model, tmp_path):
     assert len(facts.get("git_commit", "0" * 40).removesuffix("-dirty")) == 40
     start, end = (datetime.fromisoformat(facts[name]) for name in ("start_time", "end_time"))
     assert start <= end and 0 < facts["wall_seconds"] < 60
-    settings = {"max_tokens": 4, "max_seqs": 16, "prefill_chunk": 256, "threads": 1, "temperature": 0, "ignore_eos": False}
+    settings = {"max_tokens": 4, "max_seqs": 64, "token_budget": 8192, "threads": 1, "temperature": 0, "ignore_eos": False}
     assert {name: float(facts["settings"][name]) for name in settings} == settings
     assert facts["settings"]["grid"] == "1x1x1" and facts["settings"]["weights"] == "q3_5"
     assert len(facts["weights_sha256"]) == 2 + 7 * 4

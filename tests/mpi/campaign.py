@@ -21,10 +21,12 @@ from mpi_jobs import mpirun
 LAYOUTS = (
     *(Layout(grid) for grid in GRIDS),
     *(layout for grid in ("1x1x1", "2x2x2") for layout in (
-        Layout(grid, threads=2), Layout(grid, max_seqs=1), Layout(grid, max_seqs=3), Layout(grid, prefill_chunk=1),
-        Layout(grid, prefill_chunk=7), Layout(grid, mpi="mpich"))),
+        Layout(grid, threads=2), Layout(grid, mpi="mpich"),
+        *(Layout(grid, options=options) for options in (
+            "--max-seqs 1", "--max-seqs 3", "--prefill-micro-batch 1", "--prefill-micro-batch 7", "--token-budget 64",
+            "--no-prefix-sharing", "--micro-batches 4 --decode-micro-batch 3")))),
 )  # fmt: skip
-HEADING = f"{'model':11} {'weights':7} {'grid':6} {'threads':>7} {'max-seqs':>8} {'chunk':>5} {'MPI':7} {'seconds':>7}  digest"
+HEADING = f"{'model':11} {'weights':7} {'grid':6} {'threads':>7} {'options':34} {'MPI':7} {'seconds':>7}  digest"
 
 
 def main() -> int:
@@ -49,8 +51,7 @@ def _compare(runs: list[Run], folder: Path) -> Counter:
     expected, states = None, Counter()
     for run in runs:
         layout = run.layout
-        line = (f"{run.model.name:11} {run.weights:7} {layout.grid:6} {layout.threads:7} {layout.max_seqs:8} "
-                f"{layout.prefill_chunk:5} {layout.mpi:7}")
+        line = (f"{run.model.name:11} {run.weights:7} {layout.grid:6} {layout.threads:7} {layout.options:34} {layout.mpi:7}")
         try:
             found = perform(mpirun, run, folder)
         except (AssertionError, pytest.fail.Exception) as error:

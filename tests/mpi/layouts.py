@@ -42,8 +42,7 @@ class Layout:
 
     grid: str = "1x1x1"
     threads: int = 1
-    max_seqs: int = 16
-    prefill_chunk: int = 256
+    options: str = ""           # further ones of the command line
     mpi: str = "openmpi"
 
     @property
@@ -52,7 +51,7 @@ class Layout:
         return data * pipeline * tensor
 
     def __str__(self) -> str:
-        return f"{self.grid} threads={self.threads} max-seqs={self.max_seqs} prefill-chunk={self.prefill_chunk} {self.mpi}"
+        return " ".join(filter(None, (self.grid, f"threads={self.threads}", self.options, self.mpi)))
 
 
 ALONE = Layout()
@@ -69,9 +68,9 @@ class Run:
     def arguments(self, output: Path) -> list[str]:
         layout = self.layout
         options = {"prompts": self.model.prompts, "output": output, "weights": self.weights, "grid": layout.grid,
-                   "threads": layout.threads, "max-seqs": layout.max_seqs, "prefill-chunk": layout.prefill_chunk}  # fmt: skip
+                   "threads": layout.threads}  # fmt: skip
         pairs = (str(word) for name, value in options.items() for word in (f"--{name}", value))
-        return ["run", self.model.path, *pairs, "--hash-weights"]
+        return ["run", self.model.path, *pairs, "--hash-weights", *layout.options.split()]
 
     def __str__(self) -> str:
         return f"{self.model.name} {self.weights} {self.layout}"

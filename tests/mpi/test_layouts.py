@@ -10,17 +10,19 @@ from layouts import ALONE, GRIDS, WEIGHTS, Layout, Run, make_models, perform, pe
 # For the small models: the grids as they are, and for the smallest one or two settings more.
 PLAIN = tuple(Layout(grid) for grid in GRIDS)
 VARIED = (
-    Layout(max_seqs=1), Layout(max_seqs=3, prefill_chunk=1), Layout(prefill_chunk=7), Layout(threads=2),
-    Layout("1x1x2", threads=2), Layout("2x2x2", max_seqs=3), Layout("2x2x2", max_seqs=1, prefill_chunk=7),
-    Layout("1x2x2", mpi="mpich"),
+    Layout(options="--max-seqs 1"), Layout(options="--max-seqs 3 --prefill-micro-batch 1"), Layout(options="--token-budget 7"),
+    Layout(threads=2), Layout("1x1x2", threads=2), Layout("2x2x2", options="--max-seqs 3"), Layout("1x2x2", mpi="mpich"),
+    Layout("2x2x2", options="--max-seqs 1 --prefill-micro-batch 7"), Layout(options="--no-prefix-sharing"),
+    Layout("1x5x1", options="--micro-batches 7 --decode-micro-batch 2"),
 )  # fmt: skip
 SMALL = {"random": PLAIN + VARIED, "stories260K": PLAIN + VARIED, "stories15M": PLAIN}
 
 # For SmolLM2, where a run takes seconds.
 SMOLLM2 = (
-    ("q8", Layout("1x1x2", threads=2)), ("q3_5", Layout("1x1x3", max_seqs=3)), ("f32", Layout("1x1x5")),
-    ("q8", Layout("1x1x6", prefill_chunk=7)), ("f32", Layout("1x2x1", max_seqs=3)), ("q8", Layout("1x5x1")),
-    ("q8", Layout("2x1x1", max_seqs=1)), ("f32", Layout("3x1x1", threads=2)), ("q8", Layout("1x2x2", mpi="mpich")),
+    ("q8", Layout("1x1x2", threads=2)), ("q3_5", Layout("1x1x3", options="--max-seqs 3")), ("f32", Layout("1x1x5")),
+    ("q8", Layout("1x1x6", options="--token-budget 7")), ("f32", Layout("1x2x1", options="--max-seqs 3")),
+    ("q8", Layout("1x5x1")), ("q8", Layout("2x1x1", options="--max-seqs 1")), ("f32", Layout("3x1x1", threads=2)),
+    ("q8", Layout("1x2x2", mpi="mpich")),
     ("q8", Layout("2x2x1")), ("f32", Layout("2x1x3")), ("q3_5", Layout("2x2x2")),
 )  # fmt: skip
 

@@ -3,21 +3,21 @@
 import numpy as np
 import pytest
 
-from llama_hpc.comm.outcomes import NONE, OutcomeBroadcast
+from llama_hpc.comm.outcomes import Outcomes
 from llama_hpc.comm.pipeline import StageChannel
 
 HIDDEN = 24
 
 
-def step(channel, micro_batch, residual, rows, fault=0):
+def step(channel, residual, rows, fault=0):
     """What a stage does: receive, add its number (1, 2, …), send. Returns the fault code so far."""
-    fault = channel.receive(micro_batch, residual, rows) or fault
+    fault = channel.receive(residual, rows) or fault
     residual[:rows] += channel.comm.rank + 1
-    channel.send(micro_batch, residual, rows, fault)
+    channel.send(residual, rows, fault)
     return fault
 
 
-def test_every_micro_batch_passes_all_stages_in_its_own_rows(comm):
+def test_every_step_passes_all_stages_in_its_own_rows(comm):
     micro_batches, rounds, rng = 3, 20, np.random.default_rng(5)
     rows = rng.integers(1, 9, (rounds, micro_batches))          # the same on every rank
     channel, residual = StageChannel(comm, micro_batches, 8, HIDDEN), np.zeros((8, HIDDEN), np.float32)
@@ -27,7 +27,7 @@ def test_every_micro_batch_passes_all_stages_in_its_own_rows(comm):
             residual[:] = np.nan
             if comm.rank == 0:
                 residual[: rows[turn, m]] = start
-            assert step(channel, m, residual, rows[turn, m]) == 0
+            assert step(channel, residual, rows[turn, m]) == 0
             passed = sum(range(1, comm.rank + 2))
             assert np.array_equal(residual[: rows[turn, m]], start + np.float32(passed))
             assert np.isnan(residual[rows[turn, m] :]).all()
@@ -37,7 +37,7 @@ def test_every_micro_batch_passes_all_stages_in_its_own_rows(comm):
     assert channel.bytes_sent == (sent if comm.rank < comm.size - 1 else 0)
 
 
-def test_many_micro_batches_are_in_flight_at_once(comm):
+def test_many_steps_are_under_way_at_once(comm):
     """A stage sends all of them, 1 MB each, before the next one receives the first."""
     micro_batches, rows, wide = 4, 64, 4096
     channel, residual = StageChannel(comm, micro_batches, rows, wide), np.zeros((rows, wide), np.float32)
@@ -45,7 +45,7 @@ def test_many_micro_batches_are_in_flight_at_once(comm):
         for m in range(micro_batches) if comm.rank == stage else ():
             if stage == 0:
                 residual[:] = m
-            step(channel, m, residual, rows)
+            step(channel, residual, rows)
             assert (residual == m + sum(range(1, stage + 2))).all()
         comm.Barrier()
     channel.finish()
@@ -55,26 +55,33 @@ def test_many_micro_batches_are_in_flight_at_once(comm):
 def test_a_fault_code_reaches_all_later_stages(comm, code):
     channel, residual = StageChannel(comm, 2, 3, HIDDEN), np.zeros((3, HIDDEN), np.float32)
     for origin in range(comm.size):
-        seen = step(channel, 0, residual, 3, code if comm.rank == origin else 0)
+        seen = step(channel, residual, 3, code if comm.rank == origin else 0)
         assert seen == (code if comm.rank >= origin else 0)
-        assert step(channel, 1, residual, 3) == 0
+        assert step(channel, residual, 3) == 0
     channel.finish()
 
 
-def test_the_leader_decides_for_all_micro_batches_in_flight(comm):
-    micro_batches, slots, leader = 3, 4, comm.size - 1
-    broadcast = OutcomeBroadcast(comm, leader, micro_batches, slots)
-    for turn in range(10):
-        for m in range(micro_batches):
-            if comm.rank == leader:
-                outcome = broadcast.outcomes[m]
-                outcome.clear()
-                outcome.fault = 2**40 + m if turn == 9 else 0
-                outcome.token[m], outcome.done[m + 1], outcome.admit[0] = 100 * turn + m, 1, turn
-            broadcast.post(m)
-        for m in range(micro_batches):
-            outcome = broadcast.wait(m)
-            assert outcome.fault == (2**40 + m if turn == 9 else 0)
-            assert outcome.token.tolist() == [100 * turn + m if slot == m else NONE for slot in range(slots)]
-            assert outcome.done.tolist() == [int(slot == m + 1) for slot in range(slots)]
-            assert outcome.admit.tolist() == [turn, NONE, NONE, NONE]
+def test_the_leader_decides_for_all_steps_under_way(comm):
+    depth, max_seqs, leader, rounds = 3, 4, comm.size - 1, 10
+    outcomes = Outcomes(comm, leader, depth, max_seqs)
+    assert outcomes.leads == (comm.rank == leader)
+    for step in range(rounds * depth):
+        if step >= depth:
+            check_outcome(outcomes.wait(step - depth), step - depth, rounds * depth)
+        if outcomes.leads:
+            outcome = outcomes.of(step)
+            outcome.token[:], outcome.done[:] = step, 0
+            outcome.done[step % 4] = 1
+            last = step == rounds * depth - 1
+            outcome.decide(2**40 + step if last else 0, last, list(range(step % 5)))
+        outcomes.post(step)
+    for step in range((rounds - 1) * depth, rounds * depth):
+        check_outcome(outcomes.wait(step), step, rounds * depth)
+    outcomes.free()
+
+
+def check_outcome(outcome, step, steps):
+    assert outcome.fault == (2**40 + step if step == steps - 1 else 0) and outcome.last == (step == steps - 1)
+    assert outcome.token.tolist() == [step] * 4
+    assert outcome.done.tolist() == [int(i == step % 4) for i in range(4)]
+    assert outcome.admitted.tolist() == list(range(step % 5))

@@ -7,9 +7,10 @@ from reference_models import write_checkpoint, write_random_llama
 
 from llama_hpc.comm.pipeline import StageChannel
 from llama_hpc.comm.reduce import TensorReducer
-from llama_hpc.engine.replica import LogitsGather
+from llama_hpc.engine.logits import LogitsGather
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.calls import shared_pool
+from llama_hpc.kernels.cpu.sampling import weigh
 from llama_hpc.model.shares import TensorShare, stage_shares
 from llama_hpc.model.transformer import Batch, TransformerStage
 from llama_hpc.weights.checkpoint import open_checkpoint
@@ -63,15 +64,26 @@ class GridModel:
     def forward(self, batch: Batch) -> np.ndarray | None:
         """float32 [outputs, vocab_size] on the leader, None elsewhere. Collective."""
         stage = self.stage
-        stage.faults.merge(self.channel.receive(0, stage.residual, batch.rows))
+        stage.faults.merge(self.channel.receive(stage.residual, batch.rows))
         stage.forward(batch)
-        self.channel.send(0, stage.residual, batch.rows, stage.faults.code)
+        self.channel.send(stage.residual, batch.rows, stage.faults.code)
         assert stage.faults.code == 0
         if self.gather is None:
             return None
-        logits, fault = self.gather(len(batch.outputs))
-        assert fault == 0
+        assert self.gather.fault() == 0
+        logits = self.gather.rows(list(range(len(batch.outputs))))
+        self.check_likeliest(logits, len(batch.outputs))
         return logits.copy() if self.grid.is_leader else None
+
+
+    def check_likeliest(self, logits: np.ndarray, count: int) -> None:
+        """What every rank of the last stage knows without the rows: the first largest logit, and the sum of weights."""
+        tokens, largest, totals = self.grid.tensor_comm.bcast(self.gather.likeliest(count))
+        for found, part in zip((tokens, largest, totals), self.gather.likeliest(count), strict=True):
+            assert np.array_equal(found, part)
+        if self.grid.is_leader:
+            assert np.array_equal(tokens, np.argmax(logits, axis=1)) and np.array_equal(largest, logits.max(axis=1))
+            assert totals.tolist() == [weigh(row, np.empty(row.shape, np.int64))[1] for row in logits]
 
 
 def batch_of(pieces: list[tuple[int, int, np.ndarray]]) -> Batch:

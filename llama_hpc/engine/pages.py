@@ -1,0 +1,96 @@
+"""Pages of the KV cache: who holds them, and which beginnings of texts they store.
+
+Equal beginnings are stored once. What a page stores is named by its 16 tokens and the name of the page before it, compared in
+full: no hash decides what is equal. As keys and values have the same bits however they were computed, a page that is found
+is as good as one computed again. A page that nobody holds keeps its content until the room is needed, the oldest first
+(vLLM's prefix caching; Kwon et al. 2023).
+"""
+
+from collections import OrderedDict
+
+import numpy as np
+
+from llama_hpc.kernels.numerics import PAGE
+
+ROOT = 0                        # the name of what lies before the first page
+
+
+class PagePool:
+    """``count`` pages. ``sharing`` False: every sequence computes its own."""
+
+    def __init__(self, count: int, sharing: bool = True):
+        self.count, self.sharing = count, sharing
+        self.shared_tokens = 0          # tokens that were found and not computed
+        self.most_used = 0
+        self._free = list(range(count - 1, -1, -1))
+        self._kept: OrderedDict[int, None] = OrderedDict()      # held by nobody, but with known content; oldest first
+        self._holders = [0] * count
+        self._key: list[tuple[int, bytes] | None] = [None] * count
+        self._stored: dict[tuple[int, bytes], tuple[int, int]] = {}     # (name before it, tokens): (page, its name)
+        self._names = ROOT
+
+    @property
+    def available(self) -> int:
+        """Pages that ``take`` can still give."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def used(self) -> int:
+        """Pages that sequences hold."""
+        return self.count - self.available
+
+    def find(self, tokens: np.ndarray) -> tuple[list[int], int]:
+        """Pages that store the beginning of ``tokens`` int32, now held once more, and the name of the last one.
+
+        At least one token is left over, whose logits have to be computed.
+        """
+        pages, name = [], ROOT
+        if self.sharing:
+            for first in range(0, len(tokens) - PAGE, PAGE):
+                found = self._stored.get((name, tokens[first : first + PAGE].tobytes()))
+                if found is None:
+                    break
+                page, name = found
+                self._hold(page)
+                pages.append(page)
+            self.shared_tokens += len(pages) * PAGE
+        return pages, name
+
+    def take(self) -> int | None:
+        """A page to write to, or None."""
+        if self._free:
+            page = self._free.pop()
+        elif self._kept:
+            page = self._kept.popitem(last=False)[0]
+            del self._stored[self._key[page]]
+            self._key[page] = None
+        else:
+            return None
+        self._holders[page] = 1
+        self.most_used = max(self.most_used, self.used)
+        return page
+
+    def store(self, page: int, before: int, tokens: np.ndarray) -> int:
+        """Notes that a page is about to store these 16 tokens behind the page named ``before``; returns its name."""
+        if not self.sharing:
+            return ROOT
+        key = before, tokens.tobytes()
+        if key not in self._stored:
+            self._names += 1
+            self._stored[key], self._key[page] = (page, self._names), key
+        return self._stored[key][1]
+
+    def release(self, pages: list[int]) -> None:
+        """Lets go of a sequence's pages, in its order. Later ones, of use to fewer texts, are given away first."""
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                if self._key[page] is None:
+                    self._free.append(page)
+                else:
+                    self._kept[page] = None
+
+    def _hold(self, page: int) -> None:
+        self._kept.pop(page, None)
+        self._holders[page] += 1
+        self.most_used = max(self.most_used, self.used)

@@ -1,0 +1,155 @@
+"""The plan of every step: each sequence sees each of its positions once and in order, in a cache that holds what it reads."""
+
+import random
+from collections import deque
+
+import numpy as np
+import pytest
+
+from llama_hpc.comm.outcomes import Outcome
+from llama_hpc.engine.pages import PagePool
+from llama_hpc.engine.scheduler import Scheduler, Sequence, StepLimits
+from llama_hpc.kernels.numerics import PAGE
+from llama_hpc.model.kv_cache import pages_of
+
+
+class World:
+    """Plays the leader and the model: admits requests in turn, samples numbers, ends answers at their length, and keeps what the
+    cache holds, page by page. Checks every step."""
+
+    def __init__(self, prompts, answers, *, max_seqs=4, budget=64, prefill=None, decode=0, depth=1, pages=None, sharing=True):
+        self.prompts, self.answers, self.max_seqs = prompts, answers, max_seqs
+        longest = max(len(p) + n for p, n in zip(prompts, answers, strict=True))
+        self.pool = PagePool(pages or max_seqs * pages_of(longest), sharing)
+        self.table = np.full((max_seqs, pages_of(longest)), -1, np.int32)
+        self.limits = StepLimits(budget, prefill or budget, decode)
+        self.scheduler = Scheduler(self.limits, max_seqs, self.pool, self.table, depth, self.sequences)
+        self.queue, self.live = deque(range(len(prompts))), set()
+        self.texts = [list(p) for p in prompts]         # tokens known so far
+        self.cache = {}                                 # (page, place): all tokens up to there
+        self.ran = [0] * len(prompts)                   # rows run for each request
+        self.steps = []
+
+    def sequences(self, request):
+        return [Sequence(request, 0, np.array(self.prompts[request], np.int32), self.answers[request])]
+
+    def admit(self):
+        admitted = []
+        while self.queue and len(self.live) < self.max_seqs:
+            admitted.append(self.queue.popleft())
+            self.live.add(admitted[-1])
+        return admitted
+
+    def outcome(self, chosen=()):
+        outcome = Outcome(self.max_seqs)
+        for i, sequence in enumerate(chosen):
+            text = self.texts[sequence.request]
+            text.append(1000 * sequence.request + len(text))
+            outcome.token[i] = text[-1]
+            outcome.done[i] = len(text) == len(self.prompts[sequence.request]) + self.answers[sequence.request]
+            if outcome.done[i]:
+                self.live.remove(sequence.request)
+        outcome.decide(0, False, self.admit())
+        return outcome
+
+    def run(self, limit=5000):
+        self.scheduler.apply(self.outcome())
+        under_way = deque()
+        while self.live or self.queue or under_way:
+            if len(under_way) == self.scheduler.depth:
+                self.scheduler.apply(under_way.popleft())
+            under_way.append(self.step())
+            assert len(self.steps) < limit, "it does not end"
+            if not self.live and not self.queue and not any(self.steps[-self.scheduler.depth :]):
+                break
+        return self
+
+    def step(self):
+        batch, chosen = self.scheduler.plan()
+        assert batch.rows <= self.limits.token_budget and self.pool.used <= self.pool.count
+        by_slot = {s.slot: s for s in self.scheduler.running}
+        rows = [(by_slot[batch.sequences[r]], int(batch.positions[r]), int(batch.tokens[r])) for r in range(batch.rows)]
+        for sequence, position, token in rows:
+            text, page = self.texts[sequence.request], self.table[sequence.slot, position // PAGE]
+            assert page == sequence.pages[position // PAGE] and token == text[position]
+            self.cache[page, position % PAGE] = text[: position + 1]
+            self.ran[sequence.request] += 1
+        # Attention reads behind all writes of the step: every position up to its own must be there.
+        for sequence, position, _ in rows:
+            text = self.texts[sequence.request]
+            for p in range(position + 1):
+                assert self.cache[self.table[sequence.slot, p // PAGE], p % PAGE] == text[: p + 1]
+        last = {id(s): (s, p, r) for r, (s, p, _) in enumerate(rows)}
+        complete = [(s, r) for s, p, r in last.values() if p + 1 == len(self.texts[s.request])]
+        assert [(s, int(r)) for s, r in zip(chosen, batch.outputs, strict=True)] == complete
+        self.steps.append([(s.request, p) for s, p, _ in rows])
+        return self.outcome(chosen)
+
+
+def test_a_prompt_is_prefilled_in_chunks_then_decodes():
+    world = World([[10, 11, 12, 13, 14, 15, 16, 17, 18, 19]], [3], prefill=4).run()
+    assert [[p for _, p in step] for step in world.steps if step] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [10], [11]]
+
+
+def test_decoding_comes_before_prompts_in_the_budget():
+    world = World([[1], [2], [3], list(range(100, 120))], [9, 9, 9, 1], max_seqs=4, budget=8).run()
+    assert world.steps[0] == [(0, 0), (1, 0), (2, 0), *((3, p) for p in range(5))]
+    assert world.steps[1] == [(0, 1), (1, 1), (2, 1), *((3, p) for p in range(5, 10))]
+
+
+def test_a_free_place_is_taken_in_the_next_step():
+    world = World([[1], [2], [30, 31]], [1, 5, 2], max_seqs=2).run()
+    assert world.steps[:2] == [[(0, 0), (1, 0)], [(1, 1), (2, 0), (2, 1)]]
+
+
+def test_chunks_of_a_long_prompt_follow_each_other_while_a_decoding_sequence_waits():
+    world = World([list(range(40))], [4], prefill=8, depth=3).run()
+    steps = [[p for _, p in step] for step in world.steps]
+    assert [len(step) for step in steps[:5]] == [8] * 5
+    # The token of step 4 is known three steps later, and so on.
+    assert steps[5:14] == [[], [], [40], [], [], [41], [], [], [42]]
+
+
+def test_decoding_sequences_spread_over_the_steps_under_way():
+    world = World([[n] for n in range(12)], [20] * 12, max_seqs=12, prefill=3, depth=4).run()
+    assert all(len(step) == 3 for step in world.steps[8:40])
+
+
+def test_equal_beginnings_run_once_even_in_one_step():
+    common = list(range(100, 100 + 3 * PAGE))
+    world = World([[*common, n] for n in range(5)], [3] * 5, max_seqs=5, budget=200).run()
+    assert world.ran == [3 * PAGE + 3, 3, 3, 3, 3]
+    assert world.pool.shared_tokens == 4 * 3 * PAGE
+    alone = World([[*common, n] for n in range(5)], [3] * 5, max_seqs=5, budget=300, sharing=False).run()
+    assert alone.ran == [3 * PAGE + 3] * 5
+
+
+def test_the_youngest_gives_way_and_starts_over():
+    world = World([[1] * 16, [2] * 16, [3] * 16], [40, 40, 40], max_seqs=3, pages=8, sharing=False).run()
+    assert world.scheduler.setbacks > 0
+    # The oldest never runs anything twice.
+    assert world.ran[0] == 16 + 39 and world.ran[2] > 16 + 39
+
+
+def test_a_set_back_sequence_finds_what_is_left_of_its_pages():
+    prompts = [[n] * 40 for n in (1, 2)]
+    shared, alone = (World(prompts, [60, 60], max_seqs=2, pages=10, sharing=sharing).run() for sharing in (True, False))
+    assert shared.scheduler.setbacks and alone.scheduler.setbacks
+    assert shared.ran[1] < alone.ran[1]
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_whatever_the_limits_every_answer_is_complete(seed):
+    """Prompts with common beginnings, any budget, depth and cache that holds one sequence."""
+    draw = random.Random(seed)
+    beginning = [draw.randint(0, 9) for _ in range(50)]
+    count = draw.randint(1, 14)
+    prompts = [beginning[: draw.choice((0, 16, 31, 48))] + [draw.randint(0, 99) for _ in range(draw.randint(1, 30))]
+               for _ in range(count)]
+    answers = [draw.randint(1, 40) for _ in range(count)]
+    least = max(pages_of(len(p) + n) for p, n in zip(prompts, answers, strict=True))
+    max_seqs, budget = draw.randint(1, 6), draw.randint(1, 40)
+    world = World(prompts, answers, max_seqs=max_seqs, budget=budget, prefill=draw.randint(1, budget), depth=draw.randint(1, 5),
+                  decode=draw.choice((0, 0, 1, 2)), pages=least + draw.choice((0, 1, 3, 20)), sharing=draw.random() < 0.7).run()
+    assert [len(t) for t in world.texts] == [len(p) + n for p, n in zip(prompts, answers, strict=True)]
+    assert world.scheduler.idle and world.pool.used == 0 and world.pool.most_used <= world.pool.count
