@@ -36,13 +36,14 @@ class Outcome:
 class Outcomes:
     """Carries outcomes from the leader of ``comm`` to the other ranks while these compute: a ring of ``depth`` steps under way.
 
-    For each step in turn every rank calls ``post``, then, ``depth`` steps later at the latest, every
-    rank ``wait``. Messages go from the leader to each rank directly: no rank has to be inside of MPI for another one's.
+    Making and freeing are collective over ``comm``. For each step in turn every rank calls ``post``, then, ``depth`` steps later
+    at the latest, ``wait``. Messages go from the leader to each rank directly: no rank has to be inside of MPI for another one's.
     """
 
     def __init__(self, comm: MPI.Comm, leader: int, depth: int, max_seqs: int):
         self.outcomes = [Outcome(max_seqs) for _ in range(depth)]
         self.leads = comm.rank == leader
+        self._comm = comm = comm.Dup()
         others = [rank for rank in range(comm.size) if rank != leader]
         def requests(data: np.ndarray, tag: int) -> list[MPI.Prequest]:
             if self.leads:
@@ -67,3 +68,4 @@ class Outcomes:
         """Releases the requests, none of which is under way."""
         for request in (request for ring in self._requests for request in ring):
             request.Free()
+        self._comm.Free()

@@ -11,13 +11,14 @@ AHEAD = 2                       # receives that are posted at any time
 class StageChannel:
     """Carries the residual of each step from one stage to the next, and the fault code with it.
 
-    ``comm`` holds the stages of one replica at one tensor index, in order. Neighbours call ``receive`` and ``send`` for the same
-    steps, with the same rows, in the same order. A stage may send ``depth`` steps before the next one receives the first;
+    ``comm`` holds the stages of one replica at one tensor index, in order; making and finishing are collective over it.
+    Neighbours call ``receive`` and ``send`` for the same steps, with the same rows, in the same order. A stage may send ``depth`` steps before the next one receives the first;
     receives are posted ahead, so that a step travels while another one is computed.
     """
 
     def __init__(self, comm: MPI.Comm, depth: int, max_rows: int, hidden_size: int):
-        self.comm = comm
+        # Its own: a receive that is posted ahead must not meet messages of something else.
+        self.comm = comm = comm.Dup()
         self.bytes_sent = 0
         self._received = self._sent = 0
         def messages(count: int) -> list[_Message]:
@@ -63,6 +64,7 @@ class StageChannel:
             request.Wait()
             request.Free()
         self._receives = []
+        self.comm.Free()
 
 
 class _Message:
