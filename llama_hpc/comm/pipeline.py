@@ -12,8 +12,8 @@ class StageChannel:
     """Carries the residual of each step from one stage to the next, and the fault code with it.
 
     ``comm`` holds the stages of one replica at one tensor index, in order; making and finishing are collective over it.
-    Neighbours call ``receive`` and ``send`` for the same steps, with the same rows, in the same order. A stage may send ``depth`` steps before the next one receives the first;
-    receives are posted ahead, so that a step travels while another one is computed.
+    Neighbours call ``receive`` and ``send`` for the same steps, with the same rows, in the same order. A stage may send ``depth``
+    steps before the next one receives the first; receives are posted ahead, so that a step travels while another is computed.
     """
 
     def __init__(self, comm: MPI.Comm, depth: int, max_rows: int, hidden_size: int):
