@@ -7,7 +7,7 @@ import numpy as np
 from numba import carray, njit
 from numba.extending import intrinsic
 
-from ..numerics import FIXED, GROUP, INFINITY_BITS, NOT_FINITE, OK, OUT_OF_RANGE, OUTPUT_LIMIT, TINY, UNFIXED
+from ..numerics import FIXED, GROUP, INFINITY_BITS, NOT_FINITE, OK, TINY, UNFIXED
 from . import simd_int8 as int8
 from . import simd_weights as coded
 from .activations import activation_at
@@ -30,7 +30,6 @@ from .team import begin, chunk, work_at
 NORM = record("team", "status", "work", "rows", "residual", "stride", "columns", "weight", "eps", "selected", "target")
 EMBEDDING = record("team", "status", "work", "rows", "tokens", "first", "held", "columns", "data", "tile_bytes", "form", "out",
                    "stride")
-FINISH = record("team", "status", "work", "rows", "sums", "columns", "bias", "residual")
 INT8, INT4, FLOAT32, FLOAT16 = range(4)         # forms of an embedding table: kinds ``halves`` and ``nibble``, interleaved floats
 
 _ONE, _Q = np.float32(1), np.float32(127)
@@ -47,11 +46,6 @@ def _norm_at(typing_context, where):
 @intrinsic
 def _embedding_at(typing_context, where):
     return record_pointer(EMBEDDING)
-
-
-@intrinsic
-def _finish_at(typing_context, where):
-    return record_pointer(FINISH)
 
 
 @njit(cache=True)
@@ -209,28 +203,3 @@ def embedding_operation(member, where):
                     place = at + k * _LANES
                     out[k] = half_value(uint16_at(op.data)[place]) if op.form == FLOAT16 else float32_at(op.data)[place]
         first, last = chunk(op.team, member, work, rows)
-
-
-
-
-@operation
-def finish_operation(member, where):
-    """residual += float32(sums * 2**-32) + bias: the end of a product whose sums came from several ranks, [rows, columns]."""
-    op = carray(_finish_at(where), 1)[0]
-    work, rows, status = carray(work_at(op.work), 1)[0], int64_at(op.rows)[0], 0
-    sums, residual, bias = int64_at(op.sums), float32_at(op.residual), float32_at(op.bias)
-    begin(op.team, member, work, rows)
-    first, last = chunk(op.team, member, work, rows)
-    while last > first:
-        for r in range(first, last):
-            beyond = False
-            for n in range(op.columns):
-                y = np.float32(np.float64(sums[r * op.columns + n]) * UNFIXED)
-                beyond |= not abs(y) < OUTPUT_LIMIT
-                if op.bias:
-                    y += bias[n]
-                residual[r * op.columns + n] += y
-            status |= OUT_OF_RANGE if beyond else 0
-        first, last = chunk(op.team, member, work, rows)
-    if status:
-        atomic_or(op.status, status)

@@ -1,4 +1,4 @@
-"""Waiting for a word that another thread changes: spin briefly, then sleep until woken.
+"""Waiting for a word that another thread, perhaps of another process, changes: spin briefly, then sleep until woken.
 
 A waiting thread must not keep a core from the thread that it waits for, nor from other processes. It sleeps rather than yields:
 beside a busy process, sched_yield(2) costs a whole slice of time, after which the others wait for who yielded.
@@ -19,7 +19,7 @@ from .memory import address, aligned, atomic_add, atomic_load
 
 # The system call's number where the low half of a word comes first in memory; elsewhere waiting threads take short naps.
 _FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine(), 0)
-_WAIT, _WAKE, _EVERYBODY = 128, 129, 2**31 - 1          # FUTEX_WAIT and FUTEX_WAKE, both private to the process
+_WAIT, _WAKE, _EVERYBODY = 0, 1, 2**31 - 1              # FUTEX_WAIT and FUTEX_WAKE, also between processes
 _NAP = 100                                              # microseconds
 
 

@@ -4,6 +4,8 @@ import argparse
 
 from llama_hpc.cli.options import add_layout, add_threads, grid_shape, memory_size, whole
 
+REDUCE = ("auto", "mpi", "shared", "one-sided")
+
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
@@ -36,6 +38,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                           help="memory of each rank's KV cache, such as 4G (default: 85 %% of what it may use, less weights)")
     batching.add_argument("--no-prefix-sharing", dest="prefix_sharing", action="store_false",
                           help="compute equal beginnings of prompts for each prompt anew")
+    batching.add_argument("--reduce", choices=REDUCE, default="auto",
+                          help="how tensor ranks add up: by MPI, in memory that ranks of a node share, or by one-sided puts "
+                               "(default: shared memory inside of a node, MPI between nodes)")
     return parser
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
+from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.answers import ReadyRequest
@@ -30,7 +31,7 @@ from llama_hpc.results import Output, check_output_path, write_results
 from llama_hpc.runtime.abort import agreed, on_first
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
-from llama_hpc.runtime.topology import available_memory, hostname, thread_places
+from llama_hpc.runtime.topology import available_memory, hostname, node_cores, thread_places
 from llama_hpc.text import load_tokenizer
 from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint, weights_format
 from llama_hpc.weights.fingerprint import fingerprint
@@ -129,11 +130,20 @@ class Job:
         if self.first and time.monotonic() - start > 2:
             _LOG.info("kernels ready after %.1f s", time.monotonic() - start)
 
+    def _reducer(self, checkpoint: Checkpoint, grid: Grid, plan: BatchPlan) -> TensorReducer:
+        """Joins over the tensor group, in shared memory where --reduce and the place of the ranks allow."""
+        comm, mode = grid.tensor_comm, self.args.reduce
+        hidden_size = checkpoint.config.hidden_size
+        with agreed(self.comm, "preparing the reductions"):
+            # Two regions of int64 sums and one of float32 rows.
+            return tensor_reducer(comm, mode, self.node.size * self.threads > node_cores(),
+                                  plan.limits.token_budget * hidden_size * (2 * 8 + 4))
+
     def _load(self, checkpoint: Checkpoint, grid: Grid, plan: BatchPlan, max_seq_len: int) -> TransformerStage:
         config, shape = checkpoint.config, grid.shape
         part = stage_shares(config, shape.pipeline)[grid.stage]
         share = TensorShare.of(config, shape.tensor, grid.tensor_index)
-        reducer, stage = TensorReducer(grid.tensor_comm), None
+        reducer, stage = self._reducer(checkpoint, grid, plan), None
         hashes = self.hashes if grid.data_index == 0 else None
         steps = loading_steps(config, self.weights, part, grid.stage_comm, packed=isinstance(checkpoint, Store))
         with agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.first) as progress:
@@ -159,6 +169,7 @@ class Job:
         start = time.monotonic()
         with Progress(len(ready), "prompts", "answering", show=self.first) as progress:
             watch = _Watch(counters, progress) if self.first else None
+            stage.reducer.reset()
             queue = RequestQueue(by_cost(ready), counters, grid.data_index, grid.shape.data, plan.max_seqs)
             replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, watch)
             outputs = replica.run()
@@ -177,7 +188,7 @@ class Job:
                 seconds: float, content_hash: str) -> None:
         ranks = self.comm.gather({"host": hostname(), "data": grid.data_index, "stage": grid.stage, "tensor": grid.tensor_index,
                                   "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes,
-                                  "reductions": stage.reducer.calls, "answers": len(outputs), "kernels": kernels()} | work)
+                                  **stage.reducer.work(), "answers": len(outputs), "kernels": kernels()} | work)
         gathered, hashes = self.comm.gather(outputs), self.comm.gather(self.hashes)
         if self.first:
             shape = grid.shape
@@ -195,6 +206,7 @@ class Job:
             if self.hashes is not None:
                 self.facts["weights_sha256"] = {name: value for part in hashes for name, value in (part or {}).items()}
             outputs = [output for part in gathered for output in part]
+        stage.reducer.free()
         on_first(self.comm, self._write, outputs)
 
     def _write(self, outputs: list[Output]) -> None:

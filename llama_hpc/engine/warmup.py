@@ -8,7 +8,7 @@ from mpi4py import MPI
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.answers import draw
 from llama_hpc.engine.sampling_params import SamplingParams
-from llama_hpc.kernels.cpu import elementwise
+from llama_hpc.kernels.cpu import joining
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.sizes import whole
@@ -42,7 +42,7 @@ def warm_up(weights_format: str, pool: Pool, solo) -> None:
     model = TransformerStage(checkpoint.config, stage, share, weights, reducer, pool, sequences=1, max_seq_len=16, max_rows=9,
                              max_outputs=1)
     # One rank alone never sums over a tensor group.
-    _ = elementwise.finish_operation.address
+    _ = joining.join_operation.address, joining.meet_operation.address
     ids = np.arange(9, dtype=np.int32)
     model.forward(Batch(9, ids, np.zeros(9, np.int32), ids, np.array([8])))
     draw(model.logits[0], SamplingParams(temperature=1.0), (0, 0), 0)

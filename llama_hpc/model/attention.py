@@ -42,4 +42,4 @@ class ParallelAttention:
         steps.program.add((self.layer, ("attention",)), attend, kernel.ATTENTION, work.record(threads), runs=b.runs,
                           run_count=steps.runs, head_starts=b.head_starts, window=config.window(self.layer), scale=b.scale,
                           target=b.attended.record, scratch=0, keep=(b.attended,), **shared)
-        self.o.add(steps, b.attended, b.residual, b.sums)
+        self.o.add(steps, b.attended, b.residual, b.sums[0])

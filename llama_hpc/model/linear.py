@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_hpc.kernels.cpu import elementwise, products
+from llama_hpc.comm.reduce import Region
+from llama_hpc.kernels.cpu import joining, products
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.calls import add_product
 from llama_hpc.kernels.cpu.weights import Weights
-from llama_hpc.kernels.cpu.workers import ONE_TASK, WorkDistribution
+from llama_hpc.kernels.cpu.workers import WorkDistribution
 from llama_hpc.model.steps import Steps
 
 NO_BIAS = np.zeros(0, np.float32)
@@ -58,17 +59,14 @@ class RowParallelLinear:
     def __init__(self, name: str, layer: int, linear: LinearWeights):
         self.name, self.layer, self.linear = name, layer, linear
 
-    def add(self, steps: Steps, x: Activation, residual: np.ndarray, sums: np.ndarray) -> None:
+    def add(self, steps: Steps, x: Activation, residual: np.ndarray, sums: Region) -> None:
         """Appends the product, with several ranks also the sum. residual float32 [rows, hidden_size], the same on every rank;
-        sums int64 [rows, hidden_size] is scratch."""
+        sums int64 [rows, hidden_size] is scratch, and another one than that of the sum before."""
         weights, bias = self.linear.weights, self.linear.bias
         work = WorkDistribution.for_matmul(weights.rows, weights.blocks.size, steps.schedule)
         alone, name = steps.reducer.size == 1, (self.layer, (self.name,))
-        out, mode = (residual, products.ADD) if alone else (sums, products.SUMS)
+        out, mode = (residual, products.ADD) if alone else (sums.own, products.SUMS)
         part = weights.part(out, bias if alone else None)
         add_product(steps.program, name, x, [part], weights.layout, steps.rows, mode, work)
         if not alone:
-            steps.exchange(steps.reducer.sum_fixed, sums, steps.rows)
-            steps.program.add(name, elementwise.finish_operation, elementwise.FINISH, ONE_TASK.record(steps.pool.threads),
-                              rows=steps.rows, sums=sums, columns=residual.shape[1], bias=bias if bias.size else None,
-                              residual=residual)
+            steps.join(sums, joining.FINISH, steps.rows, residual, bias if bias.size else None, name)

@@ -23,4 +23,4 @@ class ParallelMLP:
         """Reads buffers.normed, adds to buffers.residual: gate, up and what follows are one product, down another."""
         b = self.buffers
         self.gate_up.add_gated(steps, b.normed, b.gated)
-        self.down.add(steps, b.gated, b.residual, b.sums)
+        self.down.add(steps, b.gated, b.residual, b.sums[1])

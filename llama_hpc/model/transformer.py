@@ -6,7 +6,7 @@ import numpy as np
 
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.cpu import attention as attention_kernel
-from llama_hpc.kernels.cpu import elementwise, sampling
+from llama_hpc.kernels.cpu import elementwise, joining, sampling
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.memory import aligned
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
@@ -66,14 +66,16 @@ class Batch:
 class Buffers:
     """Arrays that every layer of a stage writes in turn, allocated once for ``max_rows`` rows; unused rows take no memory."""
 
-    def __init__(self, config: ModelConfig, share: TensorShare, quantized: bool, cache: KVCache, max_rows: int, max_outputs: int,
-                 max_seq_len: int):
+    def __init__(self, config: ModelConfig, share: TensorShare, quantized: bool, cache: KVCache, reducer: TensorReducer,
+                 max_rows: int, max_outputs: int, max_seq_len: int):
         self.config, self.cache, self.max_rows = config, cache, max_rows
         self.heads, self.kv_heads, ffn = len(share.query_heads), len(share.kv_heads), len(share.ffn)
         def floats(columns: int) -> np.ndarray:
             return aligned((max_rows, columns), np.float32)
         self.residual = floats(config.hidden_size)
-        self.sums = aligned((max_rows, config.hidden_size), np.int64)
+        # One for attention, one for the MLP: a rank may still read the sums of one while others write to the next.
+        sums = aligned((max_rows, config.hidden_size), np.int64)
+        self.sums = [reducer.region(sums) for _ in range(2)]
         self.normed = Activation(max_rows, config.hidden_size, BLOCK, quantized)
         self.q, self.k, self.v = (floats(n * config.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))
         self.attended = Activation(max_rows, self.heads * config.head_dim, min(config.head_dim, BLOCK), quantized)
@@ -114,7 +116,7 @@ class TransformerStage:
         self.faults = Faults()
         self.cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
                              np.uint16 if weights.half_cache else np.float32, pages)
-        self.buffers = Buffers(config, share, weights.quantized, self.cache, max_rows, max_outputs, max_seq_len)
+        self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len)
         pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))
         self.steps = Steps(pool, reducer, self.faults, schedule)
         self.logits = np.zeros((max_outputs if stage.last else 0, len(share.vocabulary)), np.float32)
@@ -139,13 +141,14 @@ class TransformerStage:
 
     def _add_embedding(self) -> None:
         table, b, steps = self.weights.embedding.weights, self.buffers, self.steps
+        rows = self.reducer.region(b.residual)
         forms = {"halves": elementwise.INT8, "nibble": elementwise.INT4, "f32": elementwise.FLOAT32, "f16": elementwise.FLOAT16}
         steps.program.add((0, ("embedding",)), elementwise.embedding_operation, elementwise.EMBEDDING,
                           ONE_TASK.record(steps.pool.threads), rows=steps.rows, tokens=b.tokens,
                           first=self.share.vocabulary.start, held=table.rows, columns=self.config.hidden_size, data=table.data,
-                          tile_bytes=table.data.strides[1], form=forms[table.layout], out=b.residual, stride=b.residual.shape[1])
+                          tile_bytes=table.data.strides[1], form=forms[table.layout], out=rows.own, stride=b.residual.shape[1])
         if self.reducer.size > 1:
-            steps.exchange(self.reducer.sum_disjoint, b.residual, steps.rows)
+            steps.join(rows, joining.BITS, steps.rows, b.residual)
 
     def _add_head(self, max_outputs: int) -> None:
         """Logits of this rank's vocabulary, and what sampling needs of the whole one: the largest logit, the sum of weights."""
@@ -156,12 +159,13 @@ class TransformerStage:
         tiles = -(-self.config.vocab_size // (VOCABULARY_TILE * self.reducer.size))
         segments = -(-tiles * VOCABULARY_TILE // sampling.SEGMENT)      # of the rank that holds most
         self.best, self.totals = (np.zeros((max_outputs, segments), np.int64) for _ in range(2))
+        best, totals = self.reducer.region(self.best), self.reducer.region(self.totals)
         fields = {"rows": steps.outputs, "logits": self.logits, "stride": self.logits.shape[1], "columns": self.logits.shape[1],
                   "first": self.share.vocabulary.start, "segments": segments, "best": self.best, "totals": self.totals}
         work = ONE_TASK.record(steps.pool.threads)
-        steps.program.add((0, ()), sampling.best_operation, sampling.LOGITS, work, **fields)
+        steps.program.add((0, ()), sampling.best_operation, sampling.LOGITS, work, **fields | {"best": best.own})
         if self.reducer.size > 1:
-            steps.exchange(self.reducer.maximum, self.best, steps.outputs)
-        steps.program.add((0, ()), sampling.totals_operation, sampling.LOGITS, work, **fields)
+            steps.join(best, joining.MAXIMUM, steps.outputs, self.best)
+        steps.program.add((0, ()), sampling.totals_operation, sampling.LOGITS, work, **fields | {"totals": totals.own})
         if self.reducer.size > 1:
-            steps.exchange(self.reducer.sum_fixed, self.totals, steps.outputs)
+            steps.join(totals, joining.SUM, steps.outputs, self.totals)

@@ -8,8 +8,9 @@ from kernel_inputs import FORMATS, assert_same, kernel_weights, normal, operate,
 from numba import njit
 
 from llama_hpc.kernels import reference
-from llama_hpc.kernels.cpu import elementwise, functions
+from llama_hpc.kernels.cpu import elementwise, functions, joining
 from llama_hpc.kernels.cpu.activations import Activation
+from llama_hpc.kernels.cpu.memory import address
 from llama_hpc.kernels.formats import Blocks, Packed
 from llama_hpc.kernels.numerics import NOT_FINITE, OK, OUT_OF_RANGE
 
@@ -146,8 +147,18 @@ def nearest(fraction, kind):
 
 
 def finish(sums, bias, residual, rows, threads=1):
-    return operate(elementwise.finish_operation, elementwise.FINISH, threads, rows=np.array([rows]), sums=sums,
-                   columns=sums.shape[1], bias=bias, residual=residual)
+    """The join of one part, or of several: then ``sums`` is split into parts of either sign."""
+    parts = [np.ascontiguousarray(sums - sums // 3 * 2), *(np.ascontiguousarray(sums // 3) for _ in range(2))]
+    found, before = [], residual.copy()
+    for held in ([sums], parts):
+        residual[:], spent = before, np.zeros(1, np.int64)
+        status = operate(joining.join_operation, joining.JOIN, threads, rows=np.array([rows]), columns=sums.shape[1],
+                         parts=np.array([address(part) for part in held]), ranks=len(held), kind=joining.FINISH,
+                         target=residual, bias=bias, spent=spent)
+        assert spent[0] > 0
+        found.append((status, residual.tobytes()))
+    assert found[0] == found[1]
+    return status
 
 
 @pytest.mark.parametrize("n", [1, 17, 35, 64])

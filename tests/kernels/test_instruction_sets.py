@@ -20,9 +20,10 @@ from numba import njit
 from numba.core.registry import cpu_target
 from test_attention import KV_OF_HEAD, LENGTHS, POSITIONS, SEQUENCES, Cache, Rows, queries
 
-from llama_hpc.kernels.cpu import elementwise, products, sampling, target
+from llama_hpc.kernels.cpu import elementwise, joining, products, sampling, target
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.calls import add_product, products_of, shared_pool
+from llama_hpc.kernels.cpu.memory import address
 from llama_hpc.kernels.cpu.program import Program
 from llama_hpc.kernels.formats import Blocks, Packed
 from llama_hpc.kernels.numerics import OK
@@ -67,8 +68,8 @@ def attention_and_the_rest():
         yield rows.store(normed=True), rows.q
         yield OK, np.nan_to_num(rows.cache.key_pool)
     sums, residual = np.random.default_rng(0).integers(-2**51, 2**51, (3, 40)), normal((3, 40), 2)
-    yield operate(elementwise.finish_operation, elementwise.FINISH, rows=np.array([3]), sums=sums, columns=40, bias=normal(40),
-                  residual=residual), residual
+    yield operate(joining.join_operation, joining.JOIN, rows=np.array([3]), columns=40, parts=np.array([address(sums)]), ranks=1,
+                  kind=joining.FINISH, target=residual, bias=normal(40), spent=np.zeros(1, np.int64)), residual
     logits, weights = normal(1000) * np.float32(4), np.empty(1000, np.int64)
     maximum, total = sampling.weigh(logits, weights)
     yield OK, np.array([maximum])

@@ -13,7 +13,8 @@ VARIED = (
     Layout(options="--max-seqs 1"), Layout(options="--max-seqs 3 --prefill-micro-batch 1"), Layout(options="--token-budget 7"),
     Layout(threads=2), Layout("1x1x2", threads=2), Layout("2x2x2", options="--max-seqs 3"), Layout("1x2x2", mpi="mpich"),
     Layout("2x2x2", options="--max-seqs 1 --prefill-micro-batch 7"), Layout(options="--no-prefix-sharing"),
-    Layout("1x5x1", options="--micro-batches 7 --decode-micro-batch 2"),
+    Layout("1x5x1", options="--micro-batches 7 --decode-micro-batch 2"), Layout("1x1x3", options="--reduce mpi"),
+    Layout("1x1x3", options="--reduce one-sided"),
 )  # fmt: skip
 SMALL = {"random": PLAIN + VARIED, "stories260K": PLAIN + VARIED, "stories15M": PLAIN}
 
@@ -99,7 +100,9 @@ def check_mechanism(outcome, layout):
     table = provenance["rank_table"]
     places = {(rank["data"], rank["stage"], rank["tensor"]) for rank in table}
     assert len(places) == len(table) == layout.ranks
-    assert all((rank["reductions"] > 0) == (tensor > 1) for rank in table)
+    assert all((rank["reductions"] > 0) == (rank["reduce_seconds"] > 0) == (tensor > 1) for rank in table)
+    asked = layout.options.partition("--reduce ")[2] or "shared"
+    assert {rank["reduce"] for rank in table} == {asked if tensor > 1 else "mpi"}
     assert sum(rank["answers"] for rank in table) == sum(answers_of_replicas(outcome)) == 16
 
 

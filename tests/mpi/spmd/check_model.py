@@ -4,6 +4,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from check_reduce import MODES
 from models import CASES, GridModel, batch_of, factorisations, fits
 from mpi4py import MPI
 
@@ -52,12 +53,34 @@ def test_logits_and_packed_weights_on_every_grid(comm, checkpoints, name, weight
         model.channel.finish()
         # Tied embeddings are hashed on the first stage and on the last.
         assert set(chain(*(part.items() for part in comm.allgather(own)))) == set(hashes.items()), (pipeline, tensor)
-        # A step joins the embedding, ends attention and MLP of every layer with a sum, and sums the weights of the logits.
+        # A step joins the embedding, attention and MLP of every layer, the largest logits, and the sums of their weights.
         stage = model.stage.stage
-        reductions = len(expected) * (2 * len(stage.layers) + stage.first + stage.last)
+        reductions = len(expected) * (2 * len(stage.layers) + stage.first + 2 * stage.last)
         assert model.stage.reducer.calls == (reductions if tensor > 1 else 0)
         sent = 4 * (rows * model.config.hidden_size + 2 * len(expected))
         assert model.channel.bytes_sent == (0 if stage.last else sent)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_with_every_reducer(comm, checkpoints, mode):
+    """All ranks, or as many as there are query heads, as one tensor group."""
+    group = comm.Split(0 if comm.rank < 4 else MPI.UNDEFINED, comm.rank)
+    if group != MPI.COMM_NULL:
+        expected = None
+        if comm.rank == 0:
+            alone = GridModel(checkpoints / "deep", "q8", MPI.COMM_SELF, 1, 1, sequences=2)
+            expected = [alone.forward(batch) for batch in steps(alone.config.vocab_size)]
+        expected = group.bcast(expected)
+        model = GridModel(checkpoints / "deep", "q8", group, 1, group.size, sequences=2, reduce=mode)
+        reducer = model.stage.reducer
+        assert reducer.mode == (mode if group.size > 1 else "mpi")
+        for batch, logits in zip(steps(model.config.vocab_size), expected, strict=True):
+            found = model.forward(batch)
+            assert found is None or np.array_equal(bits(found), bits(logits))
+        joins = len(expected) * (2 * model.config.num_layers + 3)
+        assert reducer.calls == (joins if group.size > 1 else 0) and (reducer.nanoseconds[0] > 0) == (group.size > 1)
+        group.Barrier()
+        reducer.free()
 
 
 @pytest.mark.parametrize(("name", "weights_format"), [("smollm", "q3_5"), ("llama_odd", "f32"), ("llama_biases", "q8")])

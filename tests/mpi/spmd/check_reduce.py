@@ -1,9 +1,18 @@
-"""Exact sums over the ranks: against Python's integers, in any order, and bit by bit for joined floats."""
+"""Exact joins over the ranks: against Python's integers, in any order, and bit by bit for joined floats."""
+
+import time
 
 import numpy as np
 import pytest
+from models import reducer_of
 
 from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.kernels.cpu.calls import shared_pool
+from llama_hpc.kernels.cpu.joining import BITS, FINISH, MAXIMUM, SUM
+from llama_hpc.model.faults import Faults
+from llama_hpc.model.steps import Steps
+
+MODES = ("mpi", "shared", "combined", "one-sided")
 
 LENGTHS = (1, 7, 4096, 200_003)     # libraries choose other algorithms for other lengths
 
@@ -16,11 +25,10 @@ def values_of(rank: int, length: int) -> np.ndarray:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_sums_are_those_of_integers(comm, length):
-    reducer, sums = TensorReducer(comm), values_of(comm.rank, length)
-    reducer.sum_fixed(sums)
+    sums = values_of(comm.rank, length)
+    TensorReducer(comm).sum_fixed(sums)
     parts = [values_of(rank, length).tolist() for rank in range(comm.size)]
     assert sums.tolist() == [sum(column) for column in zip(*parts, strict=True)]
-    assert reducer.calls == (comm.size > 1)
 
 
 def test_the_order_of_ranks_does_not_matter(comm):
@@ -41,13 +49,67 @@ def test_joined_floats_keep_their_bits(comm):
                          0x3F800000, 0x7F7FFFFF, 0x00000000], np.uint32)  # fmt: skip
     expected = np.tile(patterns, comm.size * 13)
     owner = np.arange(expected.size) // 3 % comm.size
-    reducer, values = TensorReducer(comm), np.where(owner == comm.rank, expected, np.uint32(0)).view(np.float32)
-    reducer.sum_disjoint(values)
+    values = np.where(owner == comm.rank, expected, np.uint32(0)).view(np.float32)
+    TensorReducer(comm).sum_disjoint(values)
     assert np.array_equal(values.view(np.uint32), expected)
-    assert reducer.calls == (comm.size > 1)
 
 
 def test_maxima_of_unsigned_integers(comm):
     values = np.array([comm.rank, 0x7F800000 - comm.rank, 0xFFFFFFFF if comm.rank == comm.size - 1 else 0], np.uint32)
     TensorReducer(comm).maximum(values)
     assert values.tolist() == [comm.size - 1, 0x7F800000, 0xFFFFFFFF]
+
+
+def joined(kind, parts, before):
+    """What the parts of all ranks make, by NumPy's integers."""
+    if kind == MAXIMUM:
+        return np.max(parts, axis=0)
+    if kind == BITS:
+        return np.sum([part.view(np.int32) for part in parts], axis=0, dtype=np.int32).view(np.float32)
+    total = np.sum(parts, axis=0)
+    return total if kind == SUM else before + (total * 2.0**-32).astype(np.float32)
+
+
+def part_of(kind, rank, size, turn, shape):
+    """What a rank gives in a turn: known to every rank."""
+    rng = np.random.default_rng((kind, rank, turn))
+    if kind == BITS:
+        values = rng.standard_normal(shape, np.float32)
+        values[np.arange(shape[0]) % size != rank] = 0
+        return values
+    return rng.integers(-2**50, 2**50, shape)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_joins_inside_of_a_step(comm, mode, threads):
+    """Every kind of join in one step, over and over, where now this rank is late and now that one."""
+    reducer = reducer_of(comm, mode)
+    if comm.size == 1:
+        return
+    rows, columns, rounds = 5, 1100, 12
+    steps = Steps(shared_pool(threads), reducer, Faults())
+    regions, targets = {}, {}
+    for kind in (SUM, MAXIMUM, BITS, FINISH):
+        dtype = np.float32 if kind == BITS else np.int64
+        regions[kind] = reducer.region(np.zeros((rows, columns), dtype))
+        targets[kind] = np.zeros((rows, columns), np.float32 if kind in (BITS, FINISH) else np.int64)
+        steps.join(regions[kind], kind, steps.rows, targets[kind])
+    # Behind it everybody has read the last region, which is about to be written again.
+    steps.join(reducer.region(np.zeros((rows, columns), np.int64)), SUM, steps.outputs, np.zeros((rows, columns), np.int64))
+    for turn in range(rounds):
+        count = 1 + turn % rows
+        before = targets[FINISH].copy()
+        for kind, region in regions.items():
+            region.own[:count] = part_of(kind, comm.rank, comm.size, turn, (rows, columns))[:count]
+        time.sleep(0.003 * ((comm.rank + turn) % 3))
+        steps.counts[:] = count, 0, 0
+        steps.run()
+        for kind, target in targets.items():
+            expected = joined(kind, [part_of(kind, r, comm.size, turn, (rows, columns)) for r in range(comm.size)], before)
+            assert np.array_equal(target[:count], expected[:count]), (turn, kind)
+    assert reducer.calls == 5 * rounds and reducer.nanoseconds[0] > 0
+    sizes = [8 * columns, 8 * columns, 4 * columns, 8 * columns]
+    assert reducer.bytes == sum(sizes) * sum(1 + turn % rows for turn in range(rounds))
+    comm.Barrier()
+    reducer.free()

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from reference_models import write_checkpoint, write_random_llama
 
+from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.pipeline import StageChannel
-from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.comm.shared import CombinedReducer
 from llama_hpc.engine.logits import LogitsGather
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.calls import shared_pool
@@ -43,21 +44,29 @@ def fits(config, shape: GridShape) -> bool:
     return shape.tensor <= config.num_heads and shape.pipeline <= config.num_layers
 
 
+def reducer_of(comm, mode: str):
+    """A reducer of a mode; ``combined`` takes two ranks each for those of a node."""
+    if mode == "combined" and comm.size > 1:
+        return CombinedReducer(comm, comm.Split(comm.rank // 2, comm.rank), crowded=True)
+    return tensor_reducer(comm, mode, crowded=True)
+
+
 class GridModel:
     """One replica of a model on all ranks of ``comm``: the logits of whole batches, on the leader."""
 
     def __init__(self, folder: Path, weights_format: str, comm, pipeline: int, tensor: int, *, sequences=1,
-                 max_rows=64, threads=1, hashes=None):
+                 max_rows=64, threads=1, hashes=None, reduce="auto"):
         checkpoint = open_checkpoint(folder)
         self.config = checkpoint.config
         self.grid = Grid.create(comm, GridShape(1, pipeline, tensor))
         share = TensorShare.of(self.config, tensor, self.grid.tensor_index)
         part = stage_shares(self.config, pipeline)[self.grid.stage]
-        reducer = TensorReducer(self.grid.tensor_comm)
+        reducer = reducer_of(self.grid.tensor_comm, reduce)
         weights = load_stage(checkpoint, weights_format, part, share, reducer, self.grid.stage_comm, threads=threads,
                              hashes=hashes)
         self.stage = TransformerStage(self.config, part, share, weights, reducer, shared_pool(threads), sequences=sequences,
                                       max_seq_len=64, max_rows=max_rows, max_outputs=max_rows)
+        reducer.reset()
         self.channel = StageChannel(self.grid.pipeline_comm, 1, max_rows, self.config.hidden_size)
         self.gather = LogitsGather(self.grid.tensor_comm, self.stage) if self.grid.last_stage else None
 

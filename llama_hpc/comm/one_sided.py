@@ -1,0 +1,80 @@
+"""Joins in the manner of a partitioned global address space: each rank puts its part into the windows of all others."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from llama_hpc.comm.reduce import Region, TensorReducer
+from llama_hpc.kernels.cpu.memory import address
+
+_LOOKS = 1000                   # at the flags before other processes get the core
+
+
+@dataclass(frozen=True)
+class PutRegion(Region):
+    """A region with a window: ``parts`` are this rank's own part and what the others put beside it, in the order of ranks."""
+
+    window: MPI.Win
+    received: np.ndarray
+
+
+class OneSidedReducer(TensorReducer):
+    """Joins by one-sided puts: data, then a flag with the number of the join. No rank needs another one's help.
+
+    Making it, ``region`` and ``free`` are collective over ``comm``. A slot is written again after another join at the earliest,
+    whose flags say that everybody has read it.
+    """
+
+    mode = "one-sided"
+
+    def __init__(self, comm: MPI.Comm):
+        super().__init__(comm)
+        self._others = [rank for rank in range(comm.size) if rank != comm.rank]
+        self._flags_window = MPI.Win.Allocate(8 * comm.size, 8, comm=comm)
+        self._flags = np.frombuffer(self._flags_window.tomemory(), np.int64)
+        self._flags[:] = 0
+        self._joins = np.zeros(1, np.int64)
+        comm.Barrier()
+        self._flags_window.Lock_all()
+        self._windows: list[MPI.Win] = []
+
+    def region(self, array: np.ndarray) -> Region:
+        window = MPI.Win.Allocate(array.nbytes * self.size, 1, comm=self.comm)
+        window.Lock_all()
+        self._windows.append(window)
+        received = np.frombuffer(window.tomemory(), np.uint8)
+        received = received[: array.nbytes * self.size].view(array.dtype).reshape(self.size, *array.shape)
+        own = np.zeros(array.shape, array.dtype)
+        parts = [address(own if rank == self.comm.rank else received[rank]) for rank in range(self.size)]
+        return PutRegion(own, np.array(parts, np.int64), window, received)
+
+    def bring_together(self, steps, region: PutRegion, kind: int, count: np.ndarray) -> None:
+        place = self.comm.rank * region.own.nbytes
+        steps.call(lambda part: self._put(region.window, part, place), region.own, count)
+
+    def _put(self, window: MPI.Win, part: np.ndarray, place: int) -> None:
+        """Everybody's slot of this rank gets ``part``; returns when all slots of this rank are filled."""
+        self._joins += 1
+        for rank in self._others:
+            window.Put(part, rank, (place, part.nbytes, MPI.BYTE))
+        window.Flush_all()
+        for rank in self._others:
+            self._flags_window.Put(self._joins, rank, (self.comm.rank, 1, MPI.INT64_T))
+        self._flags_window.Flush_all()
+        self._flags[self.comm.rank] = self._joins[0]
+        looks = 0
+        while self._flags.min() < self._joins[0]:
+            self._flags_window.Sync()
+            self.comm.Iprobe()
+            looks += 1
+            if looks % _LOOKS == 0:
+                time.sleep(0)
+        window.Sync()
+
+    def free(self) -> None:
+        for window in (self._flags_window, *self._windows):
+            window.Unlock_all()
+            window.Free()
+        self._windows = []

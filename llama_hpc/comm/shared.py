@@ -1,0 +1,125 @@
+"""Joins through windows that ranks of a node share: flags and copies by compiled code, no MPI call inside of a node."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from llama_hpc.comm.reduce import Region, TensorReducer
+from llama_hpc.kernels.cpu.joining import FINISH, MEETING_WORDS, SUM
+from llama_hpc.kernels.cpu.memory import LINE, address
+from llama_hpc.kernels.cpu.waiting import spins_in
+
+_SPIN_SECONDS = 1e-3            # of a rank with cores of its own, before it sleeps
+_CROWDED_SECONDS = 2e-6         # where ranks share cores
+
+
+class SharedWindows:
+    """Memory that the ranks of ``comm`` share. Every method is collective over it."""
+
+    def __init__(self, comm: MPI.Comm):
+        self.comm = comm
+        self._windows: list[MPI.Win] = []
+
+    def allocate(self, size: int) -> list[np.ndarray]:
+        """The memory of every rank, uint8 from a multiple of 64 bytes on: of this one at least ``size``."""
+        info = MPI.Info.Create()
+        # Parts that lie apart: each in memory near the rank that first writes it.
+        info["alloc_shared_noncontig"] = "true"
+        window = MPI.Win.Allocate_shared(size + LINE if size else 0, 1, info, self.comm)
+        info.Free()
+        self._windows.append(window)
+        parts = []
+        for rank in range(self.comm.size):
+            memory = np.frombuffer(window.Shared_query(rank)[0], np.uint8)
+            parts.append(memory[-address(memory) % LINE :])
+        return parts
+
+    def meeting_point(self, crowded: bool, spent: np.ndarray) -> dict[str, int]:
+        """Where the ranks meet, as operations want it. ``crowded``: more threads than cores: who waits had better sleep."""
+        size = 8 * MEETING_WORDS
+        parts = self.allocate(size if self.comm.rank == 0 else 0)
+        parts[0][:size] = 0
+        self.comm.Barrier()
+        spins = spins_in(_CROWDED_SECONDS if crowded else _SPIN_SECONDS)
+        return {"meeting": address(parts[0]), "ranks": self.comm.size, "spins": spins, "spent": address(spent)}
+
+    def free(self) -> None:
+        """Nothing may touch the memory any more."""
+        for window in self._windows:
+            window.Free()
+        self._windows = []
+
+
+def _like(array: np.ndarray, memory: np.ndarray) -> np.ndarray:
+    """The first bytes of a memory as an array of the same shape and type."""
+    return memory[: array.nbytes].view(array.dtype).reshape(array.shape)
+
+
+class SharedReducer(TensorReducer):
+    """Joins over ranks that share memory: each writes its part, all meet, each reads all parts.
+
+    A part may be written again after another join, when everybody has read it. So no step begins with the region that it ends with.
+
+    Making it, ``region`` and ``free`` are collective over ``comm``. Joins outside of steps, as while loading, are those of MPI.
+    """
+
+    mode = "shared"
+
+    def __init__(self, comm: MPI.Comm, crowded: bool):
+        super().__init__(comm)
+        self._windows = SharedWindows(comm)
+        self._meeting = self._windows.meeting_point(crowded, self.nanoseconds)
+
+    def region(self, array: np.ndarray) -> Region:
+        parts = self._windows.allocate(array.nbytes)
+        return Region(_like(array, parts[self.comm.rank]), np.array([address(part) for part in parts], np.int64))
+
+    def bring_together(self, steps, region: Region, kind: int, count: np.ndarray) -> None:
+        steps.meet(self._meeting)
+
+    def free(self) -> None:
+        self._windows.free()
+
+
+@dataclass(frozen=True)
+class NodeRegion(Region):
+    """A region of a node: ``parts`` is the address of ``whole``, what all nodes' parts make; ``own_node`` int64, the addresses of
+    this node's parts."""
+
+    whole: np.ndarray
+    own_node: np.ndarray
+
+
+class CombinedReducer(TensorReducer):
+    """Joins over several nodes with several ranks each: in shared memory, then by MPI between the nodes' first ranks.
+
+    Making it, ``region`` and ``free`` are collective over ``comm``; ``node`` holds its ranks on this node.
+    """
+
+    mode = "combined"
+
+    def __init__(self, comm: MPI.Comm, node: MPI.Comm, crowded: bool):
+        super().__init__(comm)
+        self._leads, self._windows = node.rank == 0, SharedWindows(node)
+        self._meeting = self._windows.meeting_point(crowded, self.nanoseconds)
+        leaders = comm.Split(0 if self._leads else MPI.UNDEFINED, comm.rank)
+        self._between = TensorReducer(leaders) if self._leads else None
+
+    def region(self, array: np.ndarray) -> Region:
+        parts = self._windows.allocate(array.nbytes)
+        whole = self._windows.allocate(array.nbytes if self._leads else 0)[0]
+        return NodeRegion(_like(array, parts[self._windows.comm.rank]), np.array([address(whole)]), _like(array, whole),
+                          np.array([address(part) for part in parts]))
+
+    def bring_together(self, steps, region: NodeRegion, kind: int, count: np.ndarray) -> None:
+        steps.meet(self._meeting)
+        if self._leads:
+            steps.add_join(region.own_node, SUM if kind == FINISH else kind, count, region.whole)
+            steps.call(self._between.function(kind), region.whole, count)
+        steps.meet(self._meeting)
+
+    def free(self) -> None:
+        self._windows.free()
+        if self._between is not None:
+            self._between.comm.Free()
