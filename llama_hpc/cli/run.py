@@ -15,6 +15,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
     parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--trace", metavar="FILE", help="write a timeline for chrome://tracing or ui.perfetto.dev (JSON)")
     add_threads(parser)
     parser.add_argument("--hash-weights", action="store_true", help="also store a SHA-256 of the packed bytes of every tensor")
     sampling = parser.add_argument_group("sampling, unless a prompt says otherwise")

@@ -59,7 +59,7 @@ def _like(array: np.ndarray, memory: np.ndarray) -> np.ndarray:
 class SharedReducer(TensorReducer):
     """Joins over ranks that share memory: each writes its part, all meet, each reads all parts.
 
-    A part may be written again after another join, when everybody has read it. So no step begins with the region that it ends with.
+    A part may be written again after another join, when everybody has read it: no step begins with the region that it ends with.
 
     Making it, ``region`` and ``free`` are collective over ``comm``. Joins outside of steps, as while loading, are those of MPI.
     """

@@ -18,6 +18,7 @@ from llama_hpc.engine.queue import COUNTERS, FINISHED, TOKENS, RequestQueue, by_
 from llama_hpc.engine.replica import BatchPlan, Replica
 from llama_hpc.engine.requests import read_requests
 from llama_hpc.engine.scheduler import StepLimits
+from llama_hpc.engine.summary import RankReport, arrays, summary, trace
 from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.target import kernels
@@ -69,8 +70,8 @@ class Job:
         self._compile()
         stage = self._load(checkpoint, grid, plan, longest(ready))
         content_hash = fingerprint(checkpoint, self.comm)
-        outputs, work, seconds = self._answer(grid, stage, plan, ready, checkpoint)
-        self._finish(grid, stage, plan, outputs, work, seconds, content_hash)
+        replica, seconds = self._answer(grid, stage, plan, ready, checkpoint)
+        self._finish(grid, stage, plan, replica, seconds, content_hash)
         return 0
 
     def _read(self) -> list[ReadyRequest]:
@@ -158,8 +159,8 @@ class Job:
         return stage
 
     def _answer(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], checkpoint: Checkpoint
-                ) -> tuple[list[Output], dict[str, int], float]:
-        """Outputs of this replica (on its leader, else none), what this rank did, and the seconds that the job took to answer."""
+                ) -> tuple[Replica, float]:
+        """This rank's part of a replica, which has the answers (on its leader), and the seconds that the job took to answer."""
         tokenizer = load_tokenizer(checkpoint.path) if grid.is_leader else None
         eos = frozenset(checkpoint.config.eos_token_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
         def decode(ids) -> str:
@@ -172,7 +173,7 @@ class Job:
             stage.reducer.reset()
             queue = RequestQueue(by_cost(ready), counters, grid.data_index, grid.shape.data, plan.max_seqs)
             replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, watch)
-            outputs = replica.run()
+            replica.run()
             if watch:
                 watch.until(len(ready))
         self.comm.Barrier()
@@ -182,14 +183,16 @@ class Job:
             _LOG.info("%d prompts answered with %d tokens in %.2f s: %.1f tokens/s",
                       len(ready), tokens, seconds, tokens / seconds)
         counters.free()
-        return outputs, replica.work(), seconds
+        return replica, seconds
 
-    def _finish(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, outputs: list[Output], work: dict[str, int],
-                seconds: float, content_hash: str) -> None:
+    def _finish(self, grid: Grid, stage: TransformerStage, plan: BatchPlan, replica: Replica, seconds: float, content_hash: str
+                ) -> None:
+        outputs, work = replica.outputs, replica.work()
+        report = RankReport(grid.data_index, grid.stage, grid.tensor_index, work, replica.recorder.result())
         ranks = self.comm.gather({"host": hostname(), "data": grid.data_index, "stage": grid.stage, "tensor": grid.tensor_index,
                                   "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes,
-                                  **stage.reducer.work(), "answers": len(outputs), "kernels": kernels()} | work)
-        gathered, hashes = self.comm.gather(outputs), self.comm.gather(self.hashes)
+                                  "answers": len(outputs), "kernels": kernels()} | work)
+        gathered, hashes, reports = self.comm.gather(outputs), self.comm.gather(self.hashes), self.comm.gather(report)
         if self.first:
             shape = grid.shape
             settings = {name: value for name, value in vars(self.args).items() if name != "command" and value is not None}
@@ -207,11 +210,19 @@ class Job:
                 self.facts["weights_sha256"] = {name: value for part in hashes for name, value in (part or {}).items()}
             outputs = [output for part in gathered for output in part]
         stage.reducer.free()
-        on_first(self.comm, self._write, outputs)
+        on_first(self.comm, self._write, outputs, reports)
 
-    def _write(self, outputs: list[Output]) -> None:
-        digest = write_results(self.args.output, self.requests, self.texts, outputs, self.facts, overwrite=self.args.overwrite)
+    def _write(self, outputs: list[Output], reports: list[RankReport]) -> None:
+        lines, warnings = summary(reports)
+        for line in lines:
+            _LOG.info("%s", line)
+        for line in warnings:
+            _LOG.warning("%s", line)
+        digest = write_results(self.args.output, self.requests, self.texts, outputs, self.facts, arrays(reports),
+                               overwrite=self.args.overwrite)
         _LOG.info("results in %s, digest %s", self.args.output, digest)
+        if self.args.trace:
+            Path(self.args.trace).write_text(trace(reports), encoding="utf-8")
 
 
 class _Watch:

@@ -8,8 +8,10 @@ import numpy as np
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.outcomes import Outcomes
 from llama_hpc.comm.pipeline import StageChannel
+from llama_hpc.engine import metrics
 from llama_hpc.engine.answers import Answer, ReadyRequest
 from llama_hpc.engine.logits import LogitsGather
+from llama_hpc.engine.metrics import Recorder
 from llama_hpc.engine.pages import PagePool
 from llama_hpc.engine.queue import FINISHED, TOKENS, RequestQueue
 from llama_hpc.engine.scheduler import Scheduler, Sequence, StepLimits
@@ -50,6 +52,7 @@ class Replica:
         self.answers: dict[int, Answer] = {}
         self.outputs: list[Output] = []
         self._steps = self._tokens = 0
+        self.recorder = Recorder(origin, stage.reducer.nanoseconds)
 
     def _sequences(self, number: int) -> list[Sequence]:
         request = self.requests[number]
@@ -62,8 +65,10 @@ class Replica:
         self.scheduler.apply(self.outcomes.wait(0))
         last, step, depth = False, 1, self.plan.depth
         while not last:
+            self.recorder.begin()
             if step > depth:
                 last = self._learn(step - depth)
+                self.recorder.lap(metrics.OUTCOME)
             if not last:
                 self._step(step)
                 step += 1
@@ -73,13 +78,13 @@ class Replica:
         self.channel.finish()
         return self.outputs
 
-    def work(self) -> dict[str, int]:
+    def work(self) -> dict[str, int | float | str]:
         """What this rank has done: counts of steps and tokens run, of tokens found in the cache and not run, of sequences set
-        back, and the most pages that sequences held at a time."""
+        back; the most pages that sequences held at a time; bytes sent to the next stage; what ``TensorReducer.work`` tells."""
         pool = self.scheduler.pool
         return {"steps": self._steps, "tokens": self._tokens, "shared_tokens": pool.shared_tokens,
                 "setbacks": self.scheduler.setbacks, "pages": pool.count, "pages_used": pool.most_used,
-                "bytes_sent": self.channel.bytes_sent}
+                "bytes_sent": self.channel.bytes_sent, **self.stage.reducer.work()}
 
     def _learn(self, step: int) -> bool:
         """Takes over the leader's decisions about a step; whether it was the last one."""
@@ -94,21 +99,29 @@ class Replica:
         batch, chosen = self.scheduler.plan()
         if not self.outcomes.leads:
             self.outcomes.post(step)
-        stage = self.stage
+        stage, lap = self.stage, self.recorder.lap
+        lap(metrics.SCHEDULE)
         if batch.rows:
             self._steps += 1
             self._tokens += batch.rows
             stage.faults.merge(self.channel.receive(stage.residual, batch.rows))
+            lap(metrics.RECEIVE)
             stage.forward(batch)
+            lap(metrics.COMPUTE)
             self.channel.send(stage.residual, batch.rows, stage.faults.code)
+            lap(metrics.SEND)
         if self.gather is not None:
             fault = self.gather.fault() if batch.rows else 0
             rows = self.gather.rows([i for i, s in enumerate(chosen) if not self.requests[s.request].params.greedy])
+            lap(metrics.GATHER)
             if self.outcomes.leads:
                 self._decide(step, chosen, fault, rows)
                 self.outcomes.post(step)
+                lap(metrics.DECIDE)
         stage.faults.clear()
         self.tick()
+        scheduler = self.scheduler
+        self.recorder.end((batch.rows, scheduler.prefilled, len(scheduler.running), len(scheduler.waiting), scheduler.pool.used))
 
     def _fault(self, code: int):
         # The leader ends the job: exchanges of other steps, and other replicas, are still under way.

@@ -96,6 +96,7 @@ class Scheduler:
         self._slots = list(range(max_seqs - 1, -1, -1))
         self._under_way: deque[list[Sequence]] = deque()
         self._step = 0
+        self.prefilled = 0                      # rows of prompts in the last step
         rows = limits.token_budget
         self._tokens, self._slot_of_row, self._positions = (np.zeros(rows, np.int32) for _ in range(3))
         self._outputs = np.zeros(max_seqs, np.int64)
@@ -125,7 +126,7 @@ class Scheduler:
 
     def plan(self) -> tuple[Batch, list[Sequence]]:
         """The next step, perhaps an empty one, and the sequences whose next token it yields, in the order of its outputs."""
-        self._row, self._prefilled, chosen = 0, 0, []
+        self._row, self.prefilled, chosen = 0, 0, []
         self._decode(chosen)
         self._prefill(chosen)
         self._admit(chosen)
@@ -169,12 +170,12 @@ class Scheduler:
         """Up to ``left`` tokens of a prompt, if there is room for them."""
         count = min(sequence.missing, left)
         if self._make_room(sequence, count):
-            self._prefilled += count
+            self.prefilled += count
             self._add(sequence, count, chosen)
 
     def _left(self) -> int:
         """Rows that prompts may still take of this step."""
-        return min(self.limits.token_budget - self._row, self.limits.prefill - self._prefilled)
+        return min(self.limits.token_budget - self._row, self.limits.prefill - self.prefilled)
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Pages for the next ``count`` tokens. The youngest sequences that are not part of this step are set back for it, itself

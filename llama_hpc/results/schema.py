@@ -17,6 +17,8 @@ Root attributes: ``format``, ``version``, ``status`` (``complete`` or ``incomple
 ``outputs/tokens``           int32, flat: generated tokens, with the end token or stop string's tokens if produced
 ``outputs/logprobs``         float32, flat: natural logarithm, of the raw logits, of the token chosen; never -0
 ``timing/<name>``            float64 [n]: seconds; NaN where an output has no such time
+``metrics/ranks/<name>``     [ranks]: seconds of each phase of a rank's steps (engine/metrics.py), counts of what it did
+``metrics/steps/<name>``     flat, by ``rank``: ``start`` and phases in seconds, what every ``metrics/ranks/stride``-th step held
 ``provenance``               attributes for scalars, datasets for lists, groups for dictionaries (provenance.py)
 ===========================  =======================================================================================
 

@@ -53,6 +53,7 @@ def write_results(
     prompt_texts: Sequence[str | None],
     outputs: Sequence[Output],
     provenance: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     *,
     status: str = "complete",
     overwrite: bool = False,
@@ -60,9 +61,9 @@ def write_results(
     """Write one result file (schema.py) and return its digest. Not collective: one rank calls it with everything.
 
     ``requests`` (engine.requests.Request) are in input order, ``prompt_texts[r]`` is what the tokenizer got for request
-    r (None where it was not asked), and ``outputs`` may come in any order. The file appears under ``path`` complete or
-    not at all: it is written beside it under a temporary name, synced and renamed; on failure the temporary file is
-    removed.
+    r (None where it was not asked), and ``outputs`` may come in any order; ``metrics`` are columns of tables.
+    The file appears under ``path`` complete or not at all: it is written beside it under a temporary name, synced and
+    renamed; on failure the temporary file is removed.
 
     Raises ResultsError for a file that cannot be written. Where ``path`` has come into being without ``overwrite``, the
     finished file stays under its temporary name, so that no work is lost, and the UsageError says so.
@@ -70,7 +71,7 @@ def write_results(
     ordered = sorted(outputs, key=lambda output: (output.request, output.sample))
     _check(requests, prompt_texts, ordered, status)
     total = digest([request.id for request in requests], ordered)
-    image = _image(requests, prompt_texts, ordered, provenance, {"status": status, "digest": total})
+    image = _image(requests, prompt_texts, ordered, provenance, metrics or {}, {"status": status, "digest": total})
     target = _target(path)
     temporary = _temporary(target)
     try:
@@ -136,6 +137,7 @@ def _image(
     prompt_texts: Sequence[str | None],
     ordered: Sequence[Output],
     provenance: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, np.ndarray]],
     attributes: Mapping[str, str],
 ) -> memoryview:
     """The bytes of the file. HDF5 works in memory because it crashes when a disk is full; plain writes only fail."""
@@ -147,6 +149,10 @@ def _image(
         _write_requests(file.create_group("requests"), requests, prompt_texts)
         _write_outputs(file.create_group("outputs"), ordered)
         _write_timing(file.create_group("timing", track_order=True), ordered)
+        for name, columns in metrics.items():
+            group = file.create_group(f"metrics/{name}")
+            for column, values in columns.items():
+                _numbers(group, column, values)
         provenance_group.store(file.create_group("provenance"), provenance)
     return buffer.getbuffer()
 

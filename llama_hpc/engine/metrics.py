@@ -1,0 +1,112 @@
+"""Where the time of a rank goes, step by step: recorded cheaply, summed up exactly, kept for the result file and the trace."""
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# What a rank does in a step, in this order. ``outcome``: waits for the leader's decisions; ``receive`` and ``send``: activations;
+# ``compute``: kernels, without ``reduce``: joins over the tensor group, in the midst of computing; ``gather``: logits and faults;
+# ``decide``: samples, on the leader.
+PHASES = ("outcome", "schedule", "receive", "compute", "send", "gather", "decide", "reduce")
+OUTCOME, SCHEDULE, RECEIVE, COMPUTE, SEND, GATHER, DECIDE, REDUCE = range(len(PHASES))
+WAITING = (OUTCOME, RECEIVE)    # a stage with nothing to do: the bubble of the pipeline
+# What a step held: rows, of which prompts' are prefill; sequences that run and wait; pages of the cache that are held.
+COUNTS = ("rows", "prefill", "running", "waiting", "pages")
+
+_KEPT = 1 << 13                 # steps; of more, every second is dropped, then every second of those, …
+
+
+@dataclass(frozen=True)
+class RankMetrics:
+    """What one rank recorded: ``starts`` float64 [steps] seconds after the origin, ``phases`` float32 [steps, phases] seconds,
+    ``counts`` int32 [steps, counts] of every ``stride``-th step; ``totals`` seconds of each phase over all steps."""
+
+    starts: np.ndarray
+    phases: np.ndarray
+    counts: np.ndarray
+    stride: int
+    totals: dict[str, float]
+    seconds: float              # from the first step's start to the last one's end
+    end: float                  # seconds after the origin
+    peak_memory: int            # bytes
+
+    @property
+    def bubble(self) -> float:
+        """Share of the time in which it waited for other stages or the leader."""
+        return sum(self.totals[PHASES[phase]] for phase in WAITING) / self.seconds if self.seconds else 0.0
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the time in which its kernels ran."""
+        return self.totals["compute"] / self.seconds if self.seconds else 0.0
+
+
+class Recorder:
+    """A stopwatch for the phases of steps. ``origin``: time.monotonic() of second 0."""
+
+    def __init__(self, origin: float, reduce_nanoseconds: np.ndarray):
+        self._origin = int(origin * 1e9)
+        self._reduced, self._reduced_before = reduce_nanoseconds, 0
+        self._laps = np.zeros(len(PHASES), np.int64)
+        self._totals = np.zeros(len(PHASES), np.int64)
+        self._starts = np.zeros(_KEPT, np.int64)
+        self._phases = np.zeros((_KEPT, len(PHASES)), np.float32)
+        self._counts = np.zeros((_KEPT, len(COUNTS)), np.int32)
+        self._kept, self._stride, self._steps = 0, 1, 0
+        self._first = self._start = self._last = 0
+
+    def begin(self) -> None:
+        """A step begins; what came before the first one does not count."""
+        now = time.monotonic_ns()
+        self._start = self._last = now
+        self._first = self._first or now
+
+    def lap(self, phase: int) -> None:
+        """What was done since the last lap was this phase."""
+        now = time.monotonic_ns()
+        self._laps[phase] += now - self._last
+        self._last = now
+
+    def end(self, counts: Sequence[int]) -> None:
+        """The step is over; ``counts`` as in COUNTS."""
+        reduced = int(self._reduced[0])
+        self._laps[REDUCE], self._reduced_before = reduced - self._reduced_before, reduced
+        self._laps[COMPUTE] -= self._laps[REDUCE]
+        self._totals += self._laps
+        if self._steps % self._stride == 0:
+            if self._kept == _KEPT:
+                self._thin()
+            if self._steps % self._stride == 0:
+                self._starts[self._kept] = self._start - self._origin
+                self._phases[self._kept] = self._laps
+                self._counts[self._kept] = counts
+                self._kept += 1
+        self._steps += 1
+        self._laps[:] = 0
+
+    def _thin(self) -> None:
+        for array in (self._starts, self._phases, self._counts):
+            array[: _KEPT // 2] = array[::2]
+        self._kept, self._stride = _KEPT // 2, 2 * self._stride
+
+    def result(self) -> RankMetrics:
+        """What was recorded so far."""
+        kept = slice(self._kept)
+        totals = dict(zip(PHASES, (self._totals / 1e9).tolist(), strict=True))
+        phases = self._phases[kept] / np.float32(1e9)
+        return RankMetrics(self._starts[kept] / 1e9, phases, self._counts[kept].copy(), self._stride, totals,
+                           (self._last - self._first) / 1e9, (self._last - self._origin) / 1e9, peak_memory())
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory (getrusage(2))."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def spread(values: Sequence[float]) -> float:
+    """By how much of their mean values differ at most; 0 for none."""
+    mean = sum(values) / len(values) if values else 0
+    return (max(values) - min(values)) / mean if mean else 0.0

@@ -1,0 +1,103 @@
+"""Where the time goes: phases add up, long runs are thinned without losing a second, and what is shown says what was measured."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from llama_hpc.engine import metrics
+from llama_hpc.engine.metrics import PHASES, Recorder, spread
+from llama_hpc.engine.summary import RankReport, arrays, summary, trace
+
+WORK = {"steps": 10, "tokens": 1000, "shared_tokens": 160, "setbacks": 2, "pages": 40, "pages_used": 10, "bytes_sent": 0,
+        "reduce": "mpi", "reductions": 0, "reduce_bytes": 0, "reduce_seconds": 0.0}
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 10**9
+        monkeypatch.setattr(time, "monotonic_ns", lambda: self.now)
+
+    def spend(self, recorder, phase, milliseconds):
+        self.now += int(milliseconds * 1e6)
+        recorder.lap(phase)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def record(clock, steps, reduce=2.0):
+    """A rank whose every step waits 3 ms, plans 1, computes 10 of which ``reduce`` in joins, and samples 1."""
+    reduced = np.zeros(1, np.int64)
+    recorder = Recorder(1.0, reduced)
+    for step in range(steps):
+        recorder.begin()
+        clock.spend(recorder, metrics.OUTCOME, 3)
+        clock.spend(recorder, metrics.SCHEDULE, 1)
+        reduced += int(reduce * 1e6)
+        clock.spend(recorder, metrics.COMPUTE, 10)
+        clock.spend(recorder, metrics.DECIDE, 1)
+        recorder.end((step, 0, 1, 2, 3))
+    return recorder.result()
+
+
+def report(found, data=0, stage=0, tensor=0, **work):
+    return RankReport(data, stage, tensor, WORK | work, found)
+
+
+def test_phases_add_up(clock):
+    found = record(clock, 20)
+    expected = {"outcome": 0.06, "schedule": 0.02, "compute": 0.16, "reduce": 0.04, "decide": 0.02}
+    assert found.totals == pytest.approx({phase: expected.get(phase, 0.0) for phase in PHASES})
+    assert found.seconds == found.end == pytest.approx(0.3)
+    assert (found.bubble, found.utilisation) == pytest.approx((0.2, 0.16 / 0.3))
+    assert found.phases.sum() == pytest.approx(0.3) and found.starts.tolist() == pytest.approx([0.015 * i for i in range(20)])
+    assert found.counts.tolist() == [[step, 0, 1, 2, 3] for step in range(20)] and found.peak_memory > 1 << 20
+
+
+def test_long_runs_are_thinned_and_their_sums_exact(clock, monkeypatch):
+    monkeypatch.setattr(metrics, "_KEPT", 8)
+    found = record(clock, 100)
+    assert found.stride == 16 and found.counts[:, 0].tolist() == list(range(0, 100, 16))
+    assert found.totals["compute"] == pytest.approx(0.8) and found.seconds == pytest.approx(1.5)
+
+
+def test_the_summary_names_bubbles_balance_and_traffic(clock):
+    ranks = [report(record(clock, 20), stage=stage, bytes_sent=500_000 * (stage == 0)) for stage in range(2)]
+    lines, warnings = summary(ranks)
+    text = "\n".join(lines)
+    assert "compute 53.3 %" in text and "reduce 13.3 %" in text and "wait 20.0 %" in text
+    assert "bubble (share of the time in which a stage waits): 20.0 %, 20.0 %" in text
+    assert "1000 tokens run, 160 found in the cache, 2 sequences set back, 25.0 % of the cache used" in text
+    assert "0.5 MB between stages, 500 bytes a token" in text and "into reductions" not in text
+    assert not warnings
+
+
+@pytest.mark.parametrize(("steps", "warned"), [((400, 500), 2), ((500, 500), 0), ((4, 5), 0)])
+def test_uneven_long_runs_are_warned_of(monkeypatch, steps, warned):
+    ranks = [report(record(Clock(monkeypatch), count), data=data) for data, count in enumerate(steps)]
+    lines, warnings = summary(ranks)
+    assert len(warnings) == warned
+    assert f"replicas ended within {100 * spread(steps):.1f} % of each other" in lines
+
+
+def test_tables_of_the_file(clock):
+    tables = arrays([report(record(clock, n), data=n) for n in (2, 3)])
+    assert tables["ranks"]["compute"].tolist() == pytest.approx([0.016, 0.024])
+    assert tables["ranks"]["setbacks"].tolist() == [2, 2] and "reduce" in tables["ranks"]
+    assert tables["steps"]["rank"].tolist() == [0, 0, 1, 1, 1]
+    assert tables["steps"]["rows"].tolist() == [0, 1, 0, 1, 2]
+
+
+def test_the_trace_is_a_timeline(clock):
+    events = json.loads(trace([report(record(clock, 2), tensor=t) for t in range(2)]))["traceEvents"]
+    names = {(e["name"], e["tid"]): e["args"]["name"] for e in events if e["ph"] == "M" and "tid" in e}
+    assert names == {("thread_name", 0): "rank 0: stage 0, tensor 0", ("thread_name", 1): "rank 1: stage 0, tensor 1"}
+    first = [(e["name"], round(e["ts"]), round(e["dur"])) for e in events if e["ph"] == "X" and e["tid"] == 0]
+    step = [("outcome", 0, 3000), ("schedule", 3000, 1000), ("compute", 4000, 10000), ("decide", 14000, 1000)]
+    assert first == step + [(name, 15000 + at, length) for name, at, length in step]
