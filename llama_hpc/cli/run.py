@@ -39,9 +39,14 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                           help="memory of each rank's KV cache, such as 4G (default: 85 %% of what it may use, less weights)")
     batching.add_argument("--no-prefix-sharing", dest="prefix_sharing", action="store_false",
                           help="compute equal beginnings of prompts for each prompt anew")
+    batching.add_argument("--adapt", action="store_true",
+                          help="let token budget and prefill micro-batch follow the waiting of stages and the targets of --slo")
     batching.add_argument("--reduce", choices=REDUCE, default="auto",
                           help="how tensor ranks add up: by MPI, in memory that ranks of a node share, or by one-sided puts "
                                "(default: shared memory inside of a node, MPI between nodes)")
+    parser.add_argument("--slo", metavar="TARGETS",
+                        help="targets for prompts with arrival_s, such as ttft.p99=1.5,tpot.p50=0.05,rps=8; metrics are queue, "
+                             "prefill, ttft, tpot, e2e")
     return parser
 
 
@@ -52,6 +57,7 @@ def main(args: argparse.Namespace) -> int:
     check_world(comm)
     from mpi4py import MPI
 
+    from llama_hpc.engine.latency import parse_targets
     from llama_hpc.runtime import log, numba_setup
     from llama_hpc.runtime.abort import agreed
     from llama_hpc.runtime.topology import default_threads
@@ -61,11 +67,12 @@ def main(args: argparse.Namespace) -> int:
         params = sampling_params(args)
         shape = grid_shape(args, comm.size)
         threads = default_threads(node.size, args.threads)
+        targets = parse_targets(args.slo) if args.slo is not None else []
     numba_setup.configure(threads)
     with agreed(comm, "choosing the kernels"):
         numba_setup.check_kernels()
     from llama_hpc.engine.job import Job
-    return Job(args, comm, node, threads, shape, params).run()
+    return Job(args, comm, node, threads, shape, params, targets).run()
 
 
 def sampling_params(args: argparse.Namespace):

@@ -3,12 +3,13 @@
 import numpy as np
 from mpi4py import MPI
 
-_FAULT, _LAST, _ADMITTED, _HEAD = range(4)
+_FAULT, _LAST, _ADMITTED, _LIMITS, _HEAD = 0, 1, 2, 3, 6
 
 
 class Outcome:
-    """Decisions about one step, one int64 array: a fault code, whether it is the last one, and for every output of the step
-    ``token`` and ``done``, 1 when the sequence has ended with it; then the requests that are admitted, at most ``max_seqs``."""
+    """Decisions about one step, one int64 array: a fault code, whether it is the last one, the limits of steps from now on; for
+    every output of the step ``token``, and ``done``, 1 when the sequence has ended with it; then the requests that are admitted,
+    at most ``max_seqs``."""
 
     def __init__(self, max_seqs: int):
         self.data = np.zeros(_HEAD + 3 * max_seqs, np.int64)
@@ -23,13 +24,18 @@ class Outcome:
         return bool(self.data[_LAST])
 
     @property
+    def limits(self) -> tuple[int, int, int]:
+        """Token budget, prompt tokens, and decoding sequences of a step."""
+        return tuple(self.data[_LIMITS:_HEAD].tolist())
+
+    @property
     def admitted(self) -> np.ndarray:
         """Numbers of the requests that this replica answers from now on."""
         return self._requests[: self.data[_ADMITTED]]
 
-    def decide(self, fault: int, last: bool, admitted: list[int]) -> None:
+    def decide(self, fault: int, last: bool, limits: tuple[int, int, int], admitted: list[int]) -> None:
         """Sets all but tokens and ends."""
-        self.data[:_HEAD] = fault, last, len(admitted)
+        self.data[:_HEAD] = fault, last, len(admitted), *limits
         self._requests[: len(admitted)] = admitted
 
 

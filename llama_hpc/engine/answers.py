@@ -14,13 +14,14 @@ from llama_hpc.results.schema import Output
 
 @dataclass(frozen=True)
 class ReadyRequest:
-    """A request as the engine needs it: prompt token ids (int32), its settings, and how many tokens it may generate."""
+    """A request as the engine needs it: prompt token ids (int32), settings, how many tokens it may generate, when it arrives."""
 
     index: int
     id: str
     prompt: np.ndarray
     params: SamplingParams
     limit: int
+    arrival: float | None = None        # seconds after the start of the job; None: there from the start
 
 
 def draw(logits: np.ndarray, params: SamplingParams, key: tuple[int, int], index: int) -> int:
@@ -70,6 +71,8 @@ class Answer:
         """The finished answer; times are seconds after ``origin``. Text ends before an end token or stop string."""
         tokens = self.tokens[:-1] if self.tokens[-1] in self._ends else self.tokens
         text = self._decode(tokens)[: self._cut] if self._decode else ""
-        times = {"start": self._started, "first_token": self._first_token, "end": time.monotonic()}
+        times = {"start": self._started - origin, "first_token": self._first_token - origin, "end": time.monotonic() - origin}
+        if self.request.arrival is not None:
+            times = {"arrival": self.request.arrival, **times}
         return Output(self.request.index, 0, np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32), text,
-                      self.finish_reason, {name: value - origin for name, value in times.items()}, setbacks)
+                      self.finish_reason, times, setbacks)

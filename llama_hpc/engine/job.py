@@ -12,14 +12,16 @@ from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.answers import ReadyRequest
+from llama_hpc.engine.latency import Target, report
 from llama_hpc.engine.layout import auto_grid, cache_pages, check_pages
 from llama_hpc.engine.prepare import longest, prepare
-from llama_hpc.engine.queue import COUNTERS, FINISHED, TOKENS, RequestQueue, by_cost
+from llama_hpc.engine.queue import COUNTERS, FINISHED, TOKENS, RequestQueue
 from llama_hpc.engine.replica import BatchPlan, Replica
 from llama_hpc.engine.requests import read_requests
 from llama_hpc.engine.scheduler import StepLimits
 from llama_hpc.engine.summary import RankReport, arrays, summary, trace
 from llama_hpc.engine.warmup import once_per_node, warm_up
+from llama_hpc.errors import UsageError
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.workers import Pool
@@ -47,9 +49,10 @@ _POLL = 0.2                     # seconds between looks at the shared counters
 class Job:
     """One run on ``comm``, the world: ``run`` does everything. ``args`` are the options of ``llama-hpc run``."""
 
-    def __init__(self, args: argparse.Namespace, comm: MPI.Comm, node: MPI.Comm, threads: int, shape: GridShape | None, params):
+    def __init__(self, args: argparse.Namespace, comm: MPI.Comm, node: MPI.Comm, threads: int, shape: GridShape | None, params,
+                 targets: list[Target]):
         self.args, self.comm, self.node, self.threads = args, comm, node, threads
-        self.asked_shape, self.params = shape, params
+        self.asked_shape, self.params, self.targets = shape, params, targets
         self.first = comm.rank == 0
         self.facts = collect() if self.first else {}
         self.requests, self.texts = [], []
@@ -84,6 +87,8 @@ class Job:
         if isinstance(checkpoint, Store):
             self.facts["model"] |= {"source": checkpoint.source, "source_content_hash": checkpoint.source_content_hash}
         tokenizer = load_tokenizer(checkpoint.path)
+        if self.targets and self.requests[0].arrival_s is None:
+            raise UsageError("--slo sets targets for requests that arrive over time: give each prompt its arrival_s")
         ready, self.texts = prepare(self.requests, tokenizer, checkpoint.config, self.args.max_seq_len)
         return ready
 
@@ -110,7 +115,7 @@ class Job:
         depth = args.micro_batches or shape.pipeline
         prefill = args.prefill_micro_batch or (budget if depth == 1 else PREFILL)
         return BatchPlan(at_once, depth, StepLimits(budget, min(prefill, budget), args.decode_micro_batch or 0),
-                         min(pages, at_once * pages_of(longest(ready))), args.prefix_sharing)
+                         min(pages, at_once * pages_of(longest(ready))), args.prefix_sharing, args.adapt, tuple(self.targets))
 
     def _announce(self, checkpoint: Checkpoint, grid: Grid, plan: BatchPlan) -> None:
         hosts = len(set(self.comm.allgather(hostname())))
@@ -171,7 +176,7 @@ class Job:
         with Progress(len(ready), "prompts", "answering", show=self.first) as progress:
             watch = _Watch(counters, progress) if self.first else None
             stage.reducer.reset()
-            queue = RequestQueue(by_cost(ready), counters, grid.data_index, grid.shape.data, plan.max_seqs)
+            queue = RequestQueue(ready, counters, grid.data_index, grid.shape.data, plan.max_seqs)
             replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, watch)
             replica.run()
             if watch:
@@ -214,11 +219,15 @@ class Job:
 
     def _write(self, outputs: list[Output], reports: list[RankReport]) -> None:
         lines, warnings = summary(reports)
+        tables = arrays(reports)
+        if self.requests[0].arrival_s is not None:
+            latency = report(outputs, self.targets)
+            lines, tables = lines + latency.lines(), tables | latency.arrays()
         for line in lines:
             _LOG.info("%s", line)
         for line in warnings:
             _LOG.warning("%s", line)
-        digest = write_results(self.args.output, self.requests, self.texts, outputs, self.facts, arrays(reports),
+        digest = write_results(self.args.output, self.requests, self.texts, outputs, self.facts, tables,
                                overwrite=self.args.overwrite)
         _LOG.info("results in %s, digest %s", self.args.output, digest)
         if self.args.trace:

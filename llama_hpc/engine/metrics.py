@@ -9,9 +9,9 @@ import numpy as np
 
 # What a rank does in a step, in this order. ``outcome``: waits for the leader's decisions; ``receive`` and ``send``: activations;
 # ``compute``: kernels, without ``reduce``: joins over the tensor group, in the midst of computing; ``gather``: logits and faults;
-# ``decide``: samples, on the leader.
-PHASES = ("outcome", "schedule", "receive", "compute", "send", "gather", "decide", "reduce")
-OUTCOME, SCHEDULE, RECEIVE, COMPUTE, SEND, GATHER, DECIDE, REDUCE = range(len(PHASES))
+# ``decide``: samples, on the leader; ``idle``: nothing to do before the next request arrives.
+PHASES = ("outcome", "schedule", "receive", "compute", "send", "gather", "decide", "idle", "reduce")
+OUTCOME, SCHEDULE, RECEIVE, COMPUTE, SEND, GATHER, DECIDE, IDLE, REDUCE = range(len(PHASES))
 WAITING = (OUTCOME, RECEIVE)    # a stage with nothing to do: the bubble of the pipeline
 # What a step held: rows, of which prompts' are prefill; sequences that run and wait; pages of the cache that are held.
 COUNTS = ("rows", "prefill", "running", "waiting", "pages")
@@ -69,6 +69,10 @@ class Recorder:
         now = time.monotonic_ns()
         self._laps[phase] += now - self._last
         self._last = now
+
+    def step_seconds(self) -> tuple[float, float]:
+        """How long this step has taken up to the last lap, and for how much of it this rank waited."""
+        return (self._last - self._start) / 1e9, sum(int(self._laps[phase]) for phase in WAITING) / 1e9
 
     def end(self, counts: Sequence[int]) -> None:
         """The step is over; ``counts`` as in COUNTS."""

@@ -26,7 +26,7 @@ def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len
         check_token_ids(request, ids, config.vocab_size, limit)
         _check_stop_tokens(request, config.vocab_size)
         tokens = min(request.params.max_tokens, limit - len(ids))
-        ready.append(ReadyRequest(request.index, request.id, np.array(ids, np.int32), request.params, tokens))
+        ready.append(ReadyRequest(request.index, request.id, np.array(ids, np.int32), request.params, tokens, request.arrival_s))
         texts.append(text)
     check_positions(config, longest(ready))
     return ready, texts

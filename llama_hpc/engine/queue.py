@@ -17,25 +17,37 @@ def by_cost(requests: list[ReadyRequest]) -> list[int]:
 
 
 class RequestQueue:
-    """The requests of one of ``replicas``, for its leader, in the order of ``order`` (see ``by_cost``).
+    """The requests of one of ``replicas``, for its leader.
 
-    The first ``at_once`` that each can take are dealt in turn, so that a replica that asks early does not get all long ones.
+    Requests without arrival times come in the order of ``by_cost``: the first ``at_once`` that each replica can take are dealt in
+    turn, so that one that asks early does not get all long ones; the rest is drawn from the shared counter. Requests that arrive
+    over time are all drawn, in their order, each by a replica that has a place for it.
     """
 
-    def __init__(self, order: list[int], counters: SharedCounters, replica: int, replicas: int, at_once: int):
-        self._order, self._counters = order, counters
-        self._behind = min(len(order), replicas * at_once)
-        self._dealt = order[replica : self._behind : replicas]
-        self._dealt.reverse()
-        self.exhausted = not order
+    def __init__(self, requests: list[ReadyRequest], counters: SharedCounters, replica: int, replicas: int, at_once: int):
+        self._requests, self._counters = requests, counters
+        timed = requests[0].arrival is not None
+        self._order = list(range(len(requests))) if timed else by_cost(requests)
+        self._behind = 0 if timed else min(len(requests), replicas * at_once)
+        self._drawn = self._order[replica : self._behind : replicas][::-1]      # in reverse: still to be taken
+        self._dry = False               # whether the counter has passed the last one
 
-    def take(self) -> int | None:
-        """The next request's number; None when there is none left, from then on always."""
-        if self._dealt:
-            return self._dealt.pop()
-        if not self.exhausted:
+    @property
+    def exhausted(self) -> bool:
+        """Whether there will never be another one."""
+        return self._dry and not self._drawn
+
+    def take(self, now: float) -> int | None:
+        """The next request that has arrived at ``now``, seconds after the start; None when there is none."""
+        if not self._drawn and not self._dry:
             place = self._behind + self._counters.add(NEXT, 1)
-            if place < len(self._order):
-                return self._order[place]
-            self.exhausted = True
+            self._dry = place >= len(self._order)
+            self._drawn = self._order[place : place + 1]
+        if self._drawn and (self._requests[self._drawn[-1]].arrival or 0.0) <= now:
+            return self._drawn.pop()
         return None
+
+    @property
+    def next_arrival(self) -> float | None:
+        """When the request that was drawn ahead arrives."""
+        return self._requests[self._drawn[-1]].arrival if self._drawn else None

@@ -1,7 +1,7 @@
 """The loop of one replica: stages in a pipeline, several steps under way, one leader that samples and decides."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -9,7 +9,9 @@ from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.outcomes import Outcomes
 from llama_hpc.comm.pipeline import StageChannel
 from llama_hpc.engine import metrics
+from llama_hpc.engine.adapt import Adapter
 from llama_hpc.engine.answers import Answer, ReadyRequest
+from llama_hpc.engine.latency import Target
 from llama_hpc.engine.logits import LogitsGather
 from llama_hpc.engine.metrics import Recorder
 from llama_hpc.engine.pages import PagePool
@@ -19,6 +21,8 @@ from llama_hpc.grid import Grid
 from llama_hpc.model.faults import error_of
 from llama_hpc.model.transformer import TransformerStage
 from llama_hpc.results.schema import Output
+
+_NAP = 0.005                    # seconds between looks for requests
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class BatchPlan:
     limits: StepLimits
     pages: int                  # of the KV cache
     sharing: bool = True        # of equal beginnings
+    adapt: bool = False         # whether the limits follow what is measured
+    targets: tuple[Target, ...] = ()
 
 
 class Replica:
@@ -52,6 +58,8 @@ class Replica:
         self.answers: dict[int, Answer] = {}
         self.outputs: list[Output] = []
         self._steps = self._tokens = 0
+        # Only the leader's limits count; on the last stage, what it waits for is the stages before.
+        self.adapter = Adapter(plan.limits, plan.max_seqs, plan.targets, grid.shape.pipeline) if plan.adapt else None
         self.recorder = Recorder(origin, stage.reducer.nanoseconds)
 
     def _sequences(self, number: int) -> list[Sequence]:
@@ -120,6 +128,8 @@ class Replica:
                 lap(metrics.DECIDE)
         stage.faults.clear()
         self.tick()
+        if self.adapter and batch.rows:
+            self.adapter.observe(*self.recorder.step_seconds())
         scheduler = self.scheduler
         self.recorder.end((batch.rows, scheduler.prefilled, len(scheduler.running), len(scheduler.waiting), scheduler.pool.used))
 
@@ -144,8 +154,17 @@ class Replica:
                 outcome.done[i] = bool(answer.finish_reason)
                 if answer.finish_reason:
                     self._finish(sequence, answer)
+        if not self.answers and self.queue.next_arrival is not None:
+            self._wait_for_arrival(self.queue.next_arrival)
         admitted = self._admit()
-        outcome.decide(fault, self.queue.exhausted and not self.answers, admitted)
+        limits = self.adapter.limits if self.adapter else self.plan.limits
+        outcome.decide(fault, self.queue.exhausted and not self.answers, astuple(limits), admitted)
+
+    def _wait_for_arrival(self, arrival: float) -> None:
+        """With nothing to do until a request arrives, or for a while."""
+        self.recorder.lap(metrics.DECIDE)
+        time.sleep(min(max(0.0, arrival - (time.monotonic() - self.origin)), _NAP))
+        self.recorder.lap(metrics.IDLE)
 
     def _finish(self, sequence: Sequence, answer: Answer) -> None:
         self.outputs.append(answer.output(self.origin, sequence.setbacks))
@@ -156,7 +175,7 @@ class Replica:
     def _admit(self) -> list[int]:
         """Requests for the places that are free."""
         admitted = []
-        while len(self.answers) < self.plan.max_seqs and (number := self.queue.take()) is not None:
+        while len(self.answers) < self.plan.max_seqs and (number := self.queue.take(time.monotonic() - self.origin)) is not None:
             self.answers[number] = Answer(self.requests[number], self.eos_ids, self.decode, time.monotonic())
             admitted.append(number)
         return admitted

@@ -30,8 +30,9 @@ class Request:
     """One prompt. ``index`` is its 0-based place in the input.
 
     Exactly one is set of ``prompt``, taken as it is, ``messages`` (dictionaries with ``role`` and ``content``), which
-    go through the model's chat template, and ``token_ids``, which go to the model directly. Raises UsageError for a
-    field of the wrong type or an empty prompt.
+    go through the model's chat template, and ``token_ids``, which go to the model directly. ``arrival_s``: when it arrives,
+    in seconds after the start of the run; None: it is there from the start. Raises UsageError for a field of the wrong
+    type or an empty prompt.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Request:
     messages: list[dict[str, Any]] | None
     token_ids: list[int] | None
     params: SamplingParams
+    arrival_s: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str):
@@ -47,6 +49,8 @@ class Request:
         _check_unicode("id", self.id)
         if "\0" in self.id:
             raise UsageError(f"id must not hold a NUL character, got {shown(self.id)}")
+        if self.arrival_s is not None and not (_is_number(self.arrival_s) and 0 <= self.arrival_s < float("inf")):
+            raise UsageError(f"arrival_s must be a number of seconds, 0 or more, got {shown(self.arrival_s)}")
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise UsageError(f"give exactly one of {', '.join(SOURCES)}, got {' and '.join(given) or 'none'}")
@@ -62,7 +66,8 @@ def read_requests(path: str | Path, default_params: SamplingParams) -> list[Requ
     """The requests of a prompts file, in its order; the ending of the name says which kind it is.
 
     ``.jsonl`` and ``.json``: one JSON object a line with exactly one of ``prompt``, ``messages``, ``token_ids``, and
-    optionally ``id`` and sampling settings (at the top level or in an object ``sampling``) that replace those of
+    optionally ``id``, ``arrival_s`` (of all prompts, ascending) and sampling settings (at the top level or in an object
+    ``sampling``) that replace those of
     ``default_params``. Blank lines are skipped; other keys are ignored unless they look like a misspelt setting.
 
     ``.txt``: one prompt a line.
@@ -90,9 +95,19 @@ def read_requests(path: str | Path, default_params: SamplingParams) -> list[Requ
             raise UsageError(f"{path}, {place}: {error}") from None
         places[request.id] = place
         requests.append(request)
+        _check_arrival(path, place, requests[max(0, len(requests) - 2)], request)
     if not requests:
         raise UsageError(f"{path}: the file holds no prompts")
     return requests
+
+
+def _check_arrival(path: Path, place: str, before: Request, request: Request) -> None:
+    """Raises UsageError for a request that arrives before the one above it, or without a time where that has one."""
+    if (before.arrival_s is None) != (request.arrival_s is None):
+        raise UsageError(f"{path}, {place}: arrival_s is given for some prompts only: give it for all or for none")
+    if request.arrival_s is not None and request.arrival_s < before.arrival_s:
+        raise UsageError(f"{path}, {place}: arrival_s {request.arrival_s:g} is before that of the prompt above, "
+                         f"{before.arrival_s:g}: sort the prompts by their time")
 
 
 def check_token_ids(request: Request, ids: Sequence[int], vocab_size: int, max_seq_len: int) -> None:
@@ -121,7 +136,7 @@ def _request(index: int, number: int, entry: dict[str, Any], default_params: Sam
     for key, value in entry.items():
         if key in SAMPLING_NAMES:
             settings[key] = value
-        elif key not in ("id", "sampling", *SOURCES):
+        elif key not in ("id", "sampling", "arrival_s", *SOURCES):
             _check_unknown(key)
     params = default_params.override(settings)
     if entry.get("sampling") is not None:
@@ -129,7 +144,12 @@ def _request(index: int, number: int, entry: dict[str, Any], default_params: Sam
         twice = sorted(settings.keys() & entry["sampling"].keys())
         if twice:
             raise UsageError(f"{', '.join(twice)} is given at the top level and in sampling: keep one")
-    return Request(index, entry.get("id", str(number)), *(entry.get(name) for name in SOURCES), params)
+    return Request(index, entry.get("id", str(number)), *(entry.get(name) for name in SOURCES), params,
+                   entry.get("arrival_s"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_unknown(key: str) -> None:

@@ -17,9 +17,9 @@ from llama_hpc.model.kv_cache import pages_of
 from llama_hpc.model.transformer import Batch
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepLimits:
-    """What a step may hold; may be changed between steps, alike on all ranks.
+    """What a step may hold. The leader may change it from step to step, never beyond what the first steps may hold.
 
     ``token_budget``: rows in all; ``prefill``: rows of prompts; ``decode``: sequences with one row each, 0 for an equal share for
     each of the steps under way.
@@ -112,6 +112,7 @@ class Scheduler:
                 sequence.learn(int(outcome.token[i]))
                 if outcome.done[i]:
                     self._end(sequence)
+        self.limits = StepLimits(*outcome.limits)
         for request in outcome.admitted:
             self.waiting.extend(self._sequences(int(request)))
 

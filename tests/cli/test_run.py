@@ -156,6 +156,33 @@ def test_batching_changes_no_bit(answer, mixed, option, value):
     assert answer(MIXED, option, value).digest == mixed.digest
 
 
+@pytest.mark.parametrize("options", [(), ("--adapt",), ("--slo", "ttft.p50=30,tpot.p99=30,rps=0.001", "--adapt")])
+def test_requests_that_arrive_over_time(answer, mixed, options):
+    """The same answers; their times begin with the arrival, and no request is taken before."""
+    arrivals = [0.02 * i for i in range(len(MIXED))]
+    results = answer([{**entry, "arrival_s": at} for entry, at in zip(MIXED, arrivals, strict=True)], *options)
+    assert results.digest == mixed.digest
+    timing = [output.timing for output in results.outputs()]
+    assert [t["arrival"] for t in timing] == arrivals
+    assert all(t["arrival"] <= t["start"] <= t["first_token"] <= t["end"] for t in timing)
+    metrics = results.file["metrics"]
+    assert metrics["latency/percentile"][:].tolist() == [50, 90, 99] and (metrics["latency/ttft"][:] > 0).all()
+    assert ("targets" in metrics) == ("--slo" in options)
+    if "--slo" in options:
+        assert metrics["targets/share"][:].tolist() == [1, 1, 1]
+
+
+def test_the_file_measures_every_step(answer, mixed, tmp_path):
+    trace = tmp_path / "trace.json"
+    metrics = answer(MIXED, "--trace", trace).file["metrics"]
+    ranks, steps = metrics["ranks"], metrics["steps"]
+    assert ranks["steps"][0] == len(steps["rank"]) and ranks["tokens"][0] == steps["rows"][:].sum()
+    assert ranks["compute"][0] == pytest.approx(steps["compute"][:].sum(), rel=1e-3) and ranks["peak_memory"][0] > 1 << 20
+    assert steps["running"][:].max() <= len(MIXED) and (np.diff(steps["start"][:]) > 0).all()
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"compute", "schedule", "decide"} <= names
+
+
 def test_every_kind_of_prompts_file_gives_the_same(answer, tmp_path):
     model = Models(tmp_path)["text"]
     texts = ["hello world", "world world hello", "hello"]

@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ class World:
             outcome.done[i] = len(text) == len(self.prompts[sequence.request]) + self.answers[sequence.request]
             if outcome.done[i]:
                 self.live.remove(sequence.request)
-        outcome.decide(0, False, self.admit())
+        outcome.decide(0, False, astuple(self.limits), self.admit())
         return outcome
 
     def run(self, limit=5000):
