@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from llama_hpc.bench.errors import BenchmarkError
 from llama_hpc.bench.products import activations, copies_of
-from llama_hpc.bench.random_weights import RandomWeights, filled
+from llama_hpc.bench.random_weights import filled
 from llama_hpc.bench.ranks import count_nodes, repetitions, sleep_until_all, slowest_seconds
 from llama_hpc.bench.report import Report, print_row
 from llama_hpc.bench.strategies import STRATEGIES, Matrix, Share
@@ -57,9 +57,11 @@ def measure_scaling(args: argparse.Namespace, report: Report | None, world: MPI.
 
     Raises BenchmarkError where a strategy gives other bits than the product on one rank.
     """
-    with agreed(world, "making the weights"):
-        bench = _Bench(args, pool)
+    bench = _Bench(args, world, pool)
     if report:
+        columns, rows = args.shape
+        print(f"{columns}x{rows} {args.weights}, {bench.copies} copies; threads of a rank: {pool.threads}; batch of "
+              f"{'each rank' if args.weak else 'all ranks'}")
         print_row(TITLES)
     for ranks in rank_counts(world.size):
         comm = world.Split(0 if world.rank < ranks else MPI.UNDEFINED, world.rank)
@@ -70,6 +72,7 @@ def measure_scaling(args: argparse.Namespace, report: Report | None, world: MPI.
                     print_row(found.as_row())
             comm.Free()
         sleep_until_all(world)
+        bench.alone = world.bcast(bench.alone)
     if report:
         print("all strategies gave the bits of the product on one rank")
 
@@ -81,33 +84,32 @@ def rank_counts(ranks: int) -> list[int]:
 
 def warm_up(weights_format: str, pool: Pool) -> None:
     """Compiles, or loads from the disk cache, what all strategies need."""
-    matrix, x = _matrix(weights_format, 32, 32), activations(1, 32)
+    matrix, x = Matrix.random(weights_format, 32, 32), activations(1, 32)
     for strategy in STRATEGIES.values():
         strategy(MPI.COMM_SELF, matrix, matrix.held(*strategy.shares(matrix, 1, 0), 1), pool, x).run(1)
 
 
-def _matrix(weights_format: str, columns: int, rows: int) -> Matrix:
-    blocks = Matrix.blocks_of(columns)
-    return Matrix(weights_format, RandomWeights().rows(weights_format, rows, blocks), blocks)
-
-
 class _Bench:
-    def __init__(self, args: argparse.Namespace, pool: Pool):
-        self.args, self.pool, self.matrix = args, pool, _matrix(args.weights, *args.shape)
-        self.whole = filled(args.weights, self.matrix.plain, self.matrix.blocks)
-        self.copies = args.copies or min(MOST_COPIES, copies_of(self.whole))
-        # Of one rank, where all strategies are the same: by batch, seconds of a product and share of exchanges.
+    def __init__(self, args: argparse.Namespace, world: MPI.Comm, pool: Pool):
+        """Collective over ``world``."""
+        self.args, self.pool = args, pool
+        with agreed(world, "making the weights"):
+            self.matrix = Matrix.random(args.weights, *args.shape)
+            self.whole = filled(args.weights, self.matrix.plain, self.matrix.blocks)
+        # The caches of another node may be larger.
+        self.copies = world.bcast(args.copies or min(MOST_COPIES, copies_of(self.whole)))
+        # On one rank, where all strategies are the same: by batch, seconds of a product and share of exchanges.
         self.alone: dict[int, tuple[float, float]] = {}
 
     def measure(self, comm: MPI.Comm) -> Iterator[Scaling]:
-        """What all ranks of ``comm`` reach, right on its first rank. Collective; the first call is for one rank alone."""
+        """What all ranks of ``comm`` reach. Collective over it; the first call is for one rank alone."""
         nodes, ranks, args = count_nodes(comm), comm.size, self.args
         if ranks == 1:
             self.alone = dict(self._timed(comm, "data"))
         for name in args.strategies:
             for batch, (seconds, communication) in self._timed(comm, name) if ranks > 1 else self.alone.items():
                 total = batch * ranks if args.weak else batch
-                speed, alone = total / seconds, batch / self.alone.get(batch, (seconds, 0))[0]
+                speed, alone = total / seconds, batch / self.alone[batch][0]
                 yield Scaling(name, "weak" if args.weak else "strong", args.weights, *args.shape, self.copies, self.pool.threads,
                               ranks, nodes, total, seconds, speed, speed / alone, speed / alone / ranks, communication)
 
@@ -116,7 +118,7 @@ class _Bench:
         strategy = STRATEGIES[name]
         with agreed(comm, "making the weights"):
             weights = self.matrix.held(*strategy.shares(self.matrix, comm.size, comm.rank), self.copies)
-        for batch in self.args.batches:
+        for batch in dict.fromkeys(self.args.batches):
             x = activations(batch * comm.size if self.args.weak else batch, self.matrix.blocks.size)
             share = strategy(comm, self.matrix, weights, self.pool, x)
             self._check(comm, name, share, x)
@@ -131,7 +133,7 @@ class _Bench:
         with agreed(comm, "checking the products"):
             if not right:
                 raise BenchmarkError(f"{name} on {comm.size} ranks, batch {len(x)}: the product with {self.args.weights} weights "
-                                     f"has other bits than on one rank")
+                                     "has other bits than on one rank")
 
     def _time(self, comm: MPI.Comm, share: Share) -> tuple[float, float]:
         """Seconds of a product on the slowest rank, median over rounds; share of the time in exchanges, mean over ranks."""

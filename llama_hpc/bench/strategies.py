@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from mpi4py import MPI
 
-from llama_hpc.bench.random_weights import copied, filled
+from llama_hpc.bench.random_weights import RandomWeights, copied, filled
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.cpu import elementwise, products
 from llama_hpc.kernels.cpu.activations import Activation
@@ -29,10 +29,11 @@ class Matrix:
         self.format, self.plain, self.blocks = weights_format, plain, blocks
         self.rows = len(plain) if isinstance(plain, np.ndarray) else plain.n
 
-    @staticmethod
-    def blocks_of(columns: int) -> Blocks:
-        """Reduction blocks as those of a layer that is cut along its columns."""
-        return Blocks(columns, down_block(columns))
+    @classmethod
+    def random(cls, weights_format: str, columns: int, rows: int) -> "Matrix":
+        """Random weights, in reduction blocks as those of a layer that is cut along its columns."""
+        blocks = Blocks(columns, down_block(columns))
+        return cls(weights_format, RandomWeights().rows(weights_format, rows, blocks), blocks)
 
     def row_share(self, ranks: int, rank: int) -> range:
         """The rows of a rank."""
@@ -66,7 +67,7 @@ def _units(total: int, unit: int, ranks: int, rank: int) -> range:
 
 
 class Share:
-    """What a rank does of the products of ``x``, float32 [batch, columns]. Methods are collective over ``comm``.
+    """What a rank does of the products of ``x``, float32 [batch, columns]. Making one, and its methods, are collective.
 
     ``communication`` counts the seconds that exchanges took, those of waiting for other ranks included.
     """
@@ -143,7 +144,7 @@ class DataParallel(Share):
 
 
 class ModelParallel(Share):
-    """Each rank computes some of the outputs, which are gathered on all."""
+    """Each rank computes some of the outputs, which are gathered on all; putting them in their places counts as communication."""
 
     @staticmethod
     def shares(matrix: Matrix, ranks: int, rank: int) -> tuple[range, range]:

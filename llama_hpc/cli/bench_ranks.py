@@ -75,8 +75,8 @@ def main(args: argparse.Namespace) -> int:
         if comm.rank == 0:
             report = Report(args.output)
             report.facts |= {"ranks": comm.size, "nodes": nodes, "threads": args.threads}
-            print(f"{comm.size} ranks on {nodes} node{'s' * (nodes > 1)}, {report.facts['kernels']} kernels, medians of "
-                  f"{args.rounds} rounds", flush=True)
+            print(f"{comm.size} rank{'s' * (comm.size > 1)} on {nodes} node{'s' * (nodes > 1)}, "
+                  f"{report.facts['kernels']} kernels, medians of {args.rounds} rounds", flush=True)
     args.bench(args, report, comm, node)
     with agreed(comm, "writing the report"):
         if report:

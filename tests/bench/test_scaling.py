@@ -54,7 +54,8 @@ def test_table_and_files(mpirun, tmp_path, ranks, weak):
     lines, report, rows = bench(mpirun, tmp_path, ranks, "--shape", "96x100", "--batches", "1", "3", *["--weak"] * weak)
     results = report["scaling"]
     assert lines[-2] == "all strategies gave the bits of the product on one rank"
-    assert len(lines) == 2 + len(results) + 2 and (report["ranks"], report["threads"]) == (ranks, 1)
+    assert lines[0].startswith(f"{ranks} rank") and lines[1].startswith("96x100 q3_5, 2 copies; threads of a rank: 1; batch of ")
+    assert len(lines) == 3 + len(results) + 2 and (report["ranks"], report["threads"]) == (ranks, 1)
     found = [(r["ranks"], r["strategy"], r["batch"]) for r in results]
     assert found == [(n, name, batch * n if weak else batch)
                      for n in rank_counts(ranks) for name in STRATEGIES for batch in (1, 3)]

@@ -71,6 +71,30 @@ def test_wrong_command_lines_of_several_ranks(mpirun, tmp_path, ranks, arguments
     assert job.returncode == 2 and len(lines) == 1 and text in lines[0] and not list(tmp_path.iterdir())
 
 
+FAILING = """
+import sys
+from llama_hpc.runtime import numba_setup
+numba_setup.configure(1)
+from llama_hpc.bench import comm, scaling
+from llama_hpc.cli.main import main
+from llama_hpc.runtime.launch import environment_rank
+def fail(*arguments):
+    raise MemoryError
+if environment_rank() == 1:
+    PATCH
+sys.exit(main(["bench", "KIND", "--rounds", "1"]))
+"""
+
+
+@pytest.mark.parametrize("kind, patch", [("comm", "comm.slowest_seconds = fail"), ("scaling", "scaling.Matrix.held = fail"),
+                                         ("scaling", "scaling.repetitions = fail"), ("scaling", "scaling.Matrix.random = fail")])
+def test_a_failing_rank_ends_the_job(mpirun, tmp_path, kind, patch):
+    job = mpirun(3, ["-c", FAILING.replace("PATCH", patch).replace("KIND", kind)], cwd=tmp_path)
+    lines = [line for line in job.stderr.splitlines() if line.startswith("llama-hpc:")]
+    assert job.returncode == 1 and len(lines) == 1 and "out of memory" in lines[0] and "rank 1 " in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind, name", [("comm", "operations"), ("scaling", "strategies")])
 def test_options_name_what_there_is(kind, name):
     from llama_hpc.bench.exchanges import OPERATIONS
