@@ -1,8 +1,8 @@
 """What processes of one node can do at best through memory that they share: hand over, and add up, by flags. For benchmarks.
 
 Each rank has a part of the memory: two words on lines of their own, ``READY`` and ``DONE``, then ``words`` int64 that it gives to
-the others, then as many for a result. The words count repetitions, in each of which the rank writes its number into the first
-int64 that it gives: what is read behind a flag must be what was written before it.
+the others, then as many for a result. The two words count repetitions. In each the rank writes its number into every ``FRESH``-th
+int64 that it gives: no line of it is then in the others' caches, and what they read behind a flag must be new.
 """
 
 from numba import njit
@@ -11,6 +11,7 @@ from .memory import LINE, atomic_load, atomic_store, int64_at
 from .waiting import nap
 
 READY, DONE, DATA = 0, LINE, 2 * LINE  # bytes from the start of a part
+FRESH = LINE // 8               # words
 _STEP = 1024                    # words that are added up at a time: they stay in the first-level cache
 _NAP = 20                       # microseconds
 
@@ -31,8 +32,10 @@ def _wait_for(where, repetition, looks):
 
 
 @njit(cache=True)
-def _give(part, repetition):
-    int64_at(part + DATA)[0] = repetition
+def _give(part, words, repetition):
+    data = int64_at(part + DATA)
+    for i in range(0, words, FRESH):
+        data[i] = repetition
     atomic_store(part + READY, repetition)
 
 
@@ -42,7 +45,7 @@ def copy_from_next(parts, rank, words, out, first, times, looks):
     own, source, reader = parts[rank], parts[(rank + 1) % len(parts)], parts[(rank - 1) % len(parts)]
     data = int64_at(source + DATA)
     for repetition in range(first, first + times):
-        _give(own, repetition)
+        _give(own, words, repetition)
         _wait_for(source + READY, repetition, looks)
         for i in range(words):
             out[i] = data[i]
@@ -56,7 +59,7 @@ def sum_of_all(parts, rank, words, out, first, times, looks):
     ranks, own = len(parts), parts[rank]
     result = int64_at(own + DATA + 8 * words)
     for repetition in range(first, first + times):
-        _give(own, repetition)
+        _give(own, words, repetition)
         for other in range(ranks):
             _wait_for(parts[other] + READY, repetition, looks)
         for start in range(words * rank // ranks, words * (rank + 1) // ranks, _STEP):

@@ -95,14 +95,14 @@ def _both_ways(comm: MPI.Comm, words: int) -> _Calls:
 class _Window:
     """An exchange by compiled code in memory that all ranks of ``comm``, on one node, see: MPI allocates it, no more."""
 
-    def __init__(self, comm: MPI.Comm, words: int, function, expected: np.ndarray):
+    def __init__(self, comm: MPI.Comm, words: int, function, expected: np.ndarray, givers: int):
         self._window = MPI.Win.Allocate_shared(window_probes.part_bytes(words), 1, comm=comm)
         parts = [np.frombuffer(self._window.Shared_query(rank)[0], np.int64) for rank in range(comm.size)]
         parts[comm.rank][:] = 0
         parts[comm.rank][window_probes.DATA // WORD :][:words] = _numbers(words, comm.rank)
         self._rank, self._words, self._function, self._expected = comm.rank, words, function, expected
         self._parts, self._received = np.array([address(part) for part in parts]), np.empty(words, np.int64)
-        self._next = 1
+        self._givers, self._next = givers, 1
         comm.Barrier()
 
     def run(self, times: int) -> None:
@@ -111,10 +111,9 @@ class _Window:
         self._next += times
 
     def is_right(self) -> bool:
-        """Whether one exchange brings this rank what it should; the first word holds the number of the repetition."""
+        """Whether one exchange brings this rank what it should; the numbers of repetitions in it come from ``givers`` ranks."""
         self._received[...] = -1
-        # Of a sum, as often as there are ranks.
-        self._expected[0] = self._next * (len(self._parts) if self._function is window_probes.sum_of_all else 1)
+        self._expected[:: window_probes.FRESH] = self._next * self._givers
         self.run(1)
         return np.array_equal(self._received, self._expected)
 
@@ -124,12 +123,12 @@ class _Window:
 
 
 def _window_copy(comm: MPI.Comm, words: int) -> _Window:
-    return _Window(comm, words, window_probes.copy_from_next, _numbers(words, (comm.rank + 1) % comm.size))
+    return _Window(comm, words, window_probes.copy_from_next, _numbers(words, (comm.rank + 1) % comm.size), 1)
 
 
 def _window_sum(comm: MPI.Comm, words: int) -> _Window:
     expected = sum(_numbers(words, rank) for rank in range(comm.size))
-    return _Window(comm, words, window_probes.sum_of_all, expected)
+    return _Window(comm, words, window_probes.sum_of_all, expected, comm.size)
 
 
 @dataclass(frozen=True)
