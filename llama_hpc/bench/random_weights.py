@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_hpc.kernels.codebook import start_codebook
 from llama_hpc.kernels.cpu.simd_weights import KINDS
-from llama_hpc.kernels.cpu.weights import Weights, allocate, allocate_pair
+from llama_hpc.kernels.cpu.weights import Weights, allocate, allocate_pair, fill
 from llama_hpc.kernels.formats import FACTORS, Blocks, Packed, table_format
 from llama_hpc.model.attention import AttentionWeights
 from llama_hpc.model.config import ModelConfig
@@ -86,6 +86,21 @@ class RandomWeights:
 
 def _codebook(weights_format: str) -> np.ndarray | None:
     return CODEBOOK if weights_format == "q3_5" else None
+
+
+def filled(weights_format: str, plain: Packed | np.ndarray, blocks: Blocks) -> Weights:
+    """Kernel weights of rows as ``RandomWeights.rows`` gives them, or of a part of them."""
+    rows = len(plain) if isinstance(plain, np.ndarray) else plain.n
+    weights = allocate(weights_format, rows, blocks, _codebook(weights_format))
+    fill(weights, 0, plain)
+    return weights
+
+
+def copied(weights: Weights, weights_format: str) -> Weights:
+    """The same weights elsewhere in memory."""
+    found = allocate(weights_format, weights.rows, weights.blocks, _codebook(weights_format))
+    found.data[...], found.row_scales[...] = weights.data, weights.row_scales
+    return found
 
 
 def random_stage(config: ModelConfig, weights_format: str) -> StageWeights:

@@ -7,12 +7,11 @@ import numpy as np
 
 from llama_hpc.bench.errors import BenchmarkError
 from llama_hpc.bench.products import activations, checked_run, copies_of, product_program, seconds_of
-from llama_hpc.bench.random_weights import CODEBOOK, RandomWeights
+from llama_hpc.bench.random_weights import RandomWeights, copied, filled
 from llama_hpc.kernels.cpu.baseline import Baseline
 from llama_hpc.kernels.cpu.calls import shared_pool
 from llama_hpc.kernels.cpu.program import Program
 from llama_hpc.kernels.cpu.team import SCHEDULES
-from llama_hpc.kernels.cpu.weights import Weights, allocate, fill
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.kernels.formats import Blocks
 from llama_hpc.kernels.numerics import BLOCK
@@ -52,9 +51,8 @@ class ScheduleComparison:
         self.format, self.columns, self.rows = weights_format, columns, rows
         blocks = Blocks(columns, BLOCK)
         self._plain = RandomWeights().rows(weights_format, rows, blocks)
-        first = allocate(weights_format, rows, blocks, CODEBOOK)
-        fill(first, 0, self._plain)
-        self.copies = [first] + [_copy(first, weights_format) for _ in range(1, copies_of(first))]
+        first = filled(weights_format, self._plain, blocks)
+        self.copies = [first] + [copied(first, weights_format) for _ in range(1, copies_of(first))]
 
     def measure(self, tokens: int, threads: int, rounds: int) -> list[Comparison]:
         """All ways, in alternation; ``threads`` of the schedules. Raises BenchmarkError unless all give the same bits.
@@ -96,13 +94,6 @@ class ScheduleComparison:
             if not np.array_equal(expected.view(np.int32), out.view(np.int32)):
                 raise BenchmarkError(f"{code}: the product with {self.format} weights {self.columns}x{self.rows} has other bits "
                                      "than the other ways to compute it")
-
-
-def _copy(weights: Weights, weights_format: str) -> Weights:
-    """The same weights elsewhere in memory."""
-    found = allocate(weights_format, weights.rows, weights.blocks, CODEBOOK)
-    found.data[...], found.row_scales[...] = weights.data, weights.row_scales
-    return found
 
 
 def _first_rows(plain, count: int):

@@ -3,7 +3,8 @@
 import argparse
 
 from llama_hpc.bench.shapes import SHAPES
-from llama_hpc.cli.options import FORMATS, whole
+from llama_hpc.cli import bench_ranks
+from llama_hpc.cli.options import FORMATS, add_report, matrix_shape, whole
 
 SCHEDULES = ("static", "dynamic", "guided", "nested", "tiled", "steal")
 CASES = ("decode", "prefill", "batch")
@@ -20,6 +21,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_kernels(kinds)
     _add_model(kinds)
+    bench_ranks.add_kinds(kinds)
     return parser
 
 
@@ -28,7 +30,7 @@ def _add_kernels(kinds) -> None:
         "kernels", help="products, against memory bandwidth and register-only arithmetic",
         description="Time products of random weights. All schedules and thread counts must give the same bits.")
     kernels.add_argument("--weights", nargs="+", choices=FORMATS, default=["q3_5"], help="formats (default: q3_5)")
-    kernels.add_argument("--shapes", nargs="+", type=_product, default=[_product(text) for text in PRODUCTS], metavar="KxN",
+    kernels.add_argument("--shapes", nargs="+", type=matrix_shape, default=list(map(matrix_shape, PRODUCTS)), metavar="KxN",
                          help=f"inputs x outputs (default: {' '.join(PRODUCTS)})")
     kernels.add_argument("--tokens", nargs="+", type=whole(1, 65536), default=[1, 8, 256], metavar="M", help="default: 1 8 256")
     kernels.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["steal"],
@@ -64,13 +66,13 @@ def _add_model(kinds) -> None:
 
 def _add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--threads", nargs="+", type=whole(1, 4096), metavar="T", help="default: 1 and all cores")
-    parser.add_argument("--rounds", type=whole(1, 1000), default=rounds, metavar="R", help="default: %(default)s")
-    parser.add_argument("--output", metavar="NAME", default="benchmark_parallel_results",
-                        help="writes NAME.json and NAME.h5 (default: %(default)s)")
+    add_report(parser, rounds)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs in this process alone, without other ranks. Returns 0; errors are exceptions."""
+    """``comm`` and ``scaling`` are collective over the world, the others for one process. Returns 0; errors are exceptions."""
+    if args.kind in bench_ranks.KINDS:
+        return bench_ranks.main(args)
     import os
 
     from llama_hpc.errors import UsageError
@@ -78,7 +80,8 @@ def main(args: argparse.Namespace) -> int:
     from llama_hpc.runtime.launch import expected_tasks
     from llama_hpc.runtime.topology import available_cores
     if (expected_tasks() or 1) > 1:
-        raise UsageError(f"bench measures one process, but {expected_tasks()} were started; run it without mpirun")
+        raise UsageError(f"bench {args.kind} measures one process, but {expected_tasks()} were started; run it without "
+                         "mpirun")
     # What this process sets for its own threads is not for llama.cpp.
     args.environment = dict(os.environ)
     args.threads = args.threads or sorted({1, available_cores()})
@@ -100,10 +103,3 @@ def _kernels(args: argparse.Namespace, report) -> None:
 def _model(args: argparse.Namespace, report) -> None:
     from llama_hpc.bench.commands import measure_models
     measure_models(args, report)
-
-
-def _product(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) <= 1 << 20 for part in parts):
-        raise argparse.ArgumentTypeError(f"must be KxN, such as 4096x11008, got {text!r}")
-    return int(parts[0]), int(parts[1])

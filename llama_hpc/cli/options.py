@@ -28,6 +28,21 @@ def memory_size(text: str) -> int:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
+def matrix_shape(text: str) -> tuple[int, int]:
+    """An argparse type: inputs x outputs of a product."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) <= 1 << 20 for part in parts):
+        raise argparse.ArgumentTypeError(f"must be KxN, such as 4096x11008, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def add_report(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """What all benchmarks have: rounds, of which the median counts, and the report's name."""
+    parser.add_argument("--rounds", type=whole(1, 1000), default=rounds, metavar="R", help="default: %(default)s")
+    parser.add_argument("--output", metavar="NAME", default="benchmark_parallel_results",
+                        help="writes NAME.json and NAME.h5 (default: %(default)s)")
+
+
 def add_model(parser: argparse.ArgumentParser, needs_model: bool = True) -> None:
     """The model (None where it may be left out and is)."""
     parser.add_argument("model", metavar="MODEL", nargs=None if needs_model else "?",
