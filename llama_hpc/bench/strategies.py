@@ -11,9 +11,10 @@ from mpi4py import MPI
 
 from llama_hpc.bench.random_weights import RandomWeights, copied, filled
 from llama_hpc.comm.reduce import TensorReducer
-from llama_hpc.kernels.cpu import elementwise, products
+from llama_hpc.kernels.cpu import joining, products
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.calls import add_product, add_quantize
+from llama_hpc.kernels.cpu.memory import address
 from llama_hpc.kernels.cpu.program import Program
 from llama_hpc.kernels.cpu.weights import Weights
 from llama_hpc.kernels.cpu.workers import ONE_TASK, PANEL, Pool
@@ -184,8 +185,9 @@ class TensorParallel(Share):
         columns = self.matrix.column_share(self.comm.size, self.comm.rank)
         self._sums, self._reducer = np.zeros(self.out.shape, np.int64), TensorReducer(self.comm)
         self._last = Program(self.pool)
-        self._last.add("product", elementwise.finish_operation, elementwise.FINISH, ONE_TASK.record(self.pool.threads),
-                       rows=np.array([self.batch]), sums=self._sums, columns=self.matrix.rows, bias=None, residual=self.out)
+        self._last.add("product", joining.join_operation, joining.JOIN, ONE_TASK.record(self.pool.threads),
+                       rows=np.array([self.batch]), columns=self.matrix.rows, parts=np.array([address(self._sums)]), ranks=1,
+                       kind=joining.FINISH, target=self.out, bias=None, spent=self._reducer.nanoseconds)
         return self._programs(x[:, columns.start : columns.stop], self._sums, products.SUMS)
 
     def _join(self) -> None:
