@@ -12,7 +12,7 @@ from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.layout import auto_grid, cache_pages, check_pages
-from llama_hpc.engine.prepare import longest, prepare
+from llama_hpc.engine.prepare import eos_ids, longest, prepare
 from llama_hpc.engine.queue import COUNTERS, FINISHED, TOKENS, RequestQueue, by_cost
 from llama_hpc.engine.replica import BatchPlan, Replica
 from llama_hpc.engine.requests import read_requests
@@ -89,16 +89,18 @@ class Job:
         self.memory = memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN)
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
         with agreed(self.comm, "choosing the grid"):
+            samples = sum(r.params.n for r in ready)
             shape = self.asked_shape or auto_grid(
-                checkpoint.config, self.weights, self.comm.size, per_node, memory, len(ready), self.args.max_seqs,
-                longest(ready), -(-sum(len(r.prompt) + r.limit for r in ready) // len(ready)))
+                checkpoint.config, self.weights, self.comm.size, per_node, memory, samples, self.args.max_seqs,
+                longest(ready), -(-sum(r.params.n * (len(r.prompt) + r.limit) for r in ready) // samples))
             check_grid(checkpoint.config, shape)
         return shape
 
     def _plan(self, checkpoint: Checkpoint, grid: Grid, ready: list[ReadyRequest]) -> BatchPlan:
         """How replicas batch; the cache is as large as the rank of least room of each replica allows."""
         args, config, shape = self.args, checkpoint.config, grid.shape
-        at_once = min(args.max_seqs, -(-len(ready) // shape.data))
+        most = max(r.params.n for r in ready)       # of which one replica answers all
+        at_once = min(args.max_seqs, max(most, -(-sum(r.params.n for r in ready) // shape.data)))
         pages = cache_pages(config, self.weights, stage_shares(config, shape.pipeline)[grid.stage],
                             TensorShare.of(config, shape.tensor, grid.tensor_index), self.memory, args.kv_memory)
         pages = self.comm.allreduce(pages, MPI.MIN)
@@ -151,7 +153,7 @@ class Job:
                 ) -> tuple[list[Output], dict[str, int], float]:
         """Outputs of this replica (on its leader, else none), what this rank did, and the seconds that the job took to answer."""
         tokenizer = load_tokenizer(checkpoint.path) if grid.is_leader else None
-        eos = frozenset(checkpoint.config.eos_token_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
+        eos = eos_ids(checkpoint.config, tokenizer)
         def decode(ids) -> str:
             return tokenizer.decode(ids, continuation=True)
         counters = SharedCounters(self.comm, COUNTERS)
@@ -159,7 +161,9 @@ class Job:
         start = time.monotonic()
         with Progress(len(ready), "prompts", "answering", show=self.first) as progress:
             watch = _Watch(counters, progress) if self.first else None
-            queue = RequestQueue(by_cost(ready), counters, grid.data_index, grid.shape.data, plan.max_seqs)
+            # So many requests run at a time even if each wants the most samples.
+            at_once = max(1, plan.max_seqs // max(r.params.n for r in ready))
+            queue = RequestQueue(by_cost(ready), counters, grid.data_index, grid.shape.data, at_once)
             replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, watch)
             outputs = replica.run()
             if watch:

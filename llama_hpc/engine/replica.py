@@ -47,13 +47,14 @@ class Replica:
         self.channel = StageChannel(grid.pipeline_comm, plan.depth, plan.limits.token_budget, stage.config.hidden_size)
         self.outcomes = Outcomes(grid.replica, grid.leader_rank, plan.depth, plan.max_seqs)
         self.gather = LogitsGather(grid.tensor_comm, stage) if grid.last_stage else None
-        self.answers: dict[int, Answer] = {}
+        self.answers: dict[tuple[int, int], Answer] = {}        # by request and sample
+        self._samples_left: dict[int, int] = {}                 # of each request that is being answered
         self.outputs: list[Output] = []
         self._steps = self._tokens = 0
 
     def _sequences(self, number: int) -> list[Sequence]:
         request = self.requests[number]
-        return [Sequence(number, 0, request.prompt, request.limit)]
+        return [Sequence(number, sample, request.prompt, request.limit) for sample in range(request.params.n)]
 
     def run(self) -> list[Output]:
         """Answers requests until none is left. Raises NumericsError on every rank of the replica at the same step."""
@@ -103,12 +104,18 @@ class Replica:
             self.channel.send(stage.residual, batch.rows, stage.faults.code)
         if self.gather is not None:
             fault = self.gather.fault() if batch.rows else 0
-            rows = self.gather.rows([i for i, s in enumerate(chosen) if not self.requests[s.request].params.greedy])
+            wanted = [i for i, sequence in enumerate(chosen) if self._needs_logits(sequence)]
+            rows = self.gather.rows(wanted)
             if self.outcomes.leads:
-                self._decide(step, chosen, fault, rows)
+                self._decide(step, chosen, fault, dict(zip(wanted, rows, strict=True)))
                 self.outcomes.post(step)
         stage.faults.clear()
         self.tick()
+
+    def _needs_logits(self, sequence: Sequence) -> bool:
+        """Whether the token that a sequence waits for takes its row of logits; all ranks see the same state of it."""
+        request = self.requests[sequence.request]
+        return request.params.needs_logits(sequence.known - len(request.prompt))
 
     def _fault(self, code: int):
         # The leader ends the job: exchanges of other steps, and other replicas, are still under way.
@@ -116,18 +123,16 @@ class Replica:
         error.reported_elsewhere = not self.grid.is_leader
         return error
 
-    def _decide(self, step: int, chosen: list[Sequence], fault: int, rows: np.ndarray | None = None) -> None:
-        """The leader's part: sample, end sequences, admit requests. ``rows``: logits of the outputs that are not greedy."""
+    def _decide(self, step: int, chosen: list[Sequence], fault: int, rows: dict[int, np.ndarray] | None = None) -> None:
+        """The leader's part: choose tokens, end sequences, admit requests. ``rows``: logits of the outputs that need them."""
         if not self.outcomes.leads:
             return
         outcome = self.outcomes.of(step)
         if chosen and not fault:
-            rows = iter(rows)
             found = zip(chosen, *self.gather.likeliest(len(chosen)), strict=True)
             for i, (sequence, token, maximum, total) in enumerate(found):
-                answer = self.answers[sequence.request]
-                row = None if answer.request.params.greedy else next(rows)
-                outcome.token[i] = answer.extend(int(token), maximum, int(total), row)
+                answer = self.answers[sequence.request, sequence.sample]
+                outcome.token[i] = answer.extend(int(token), maximum, int(total), rows.get(i))
                 outcome.done[i] = bool(answer.finish_reason)
                 if answer.finish_reason:
                     self._finish(sequence, answer)
@@ -136,14 +141,20 @@ class Replica:
 
     def _finish(self, sequence: Sequence, answer: Answer) -> None:
         self.outputs.append(answer.output(self.origin, sequence.setbacks))
-        del self.answers[sequence.request]
-        self.counters.add(FINISHED, 1)
+        del self.answers[sequence.request, sequence.sample]
         self.counters.add(TOKENS, len(answer.tokens))
+        self._samples_left[sequence.request] -= 1
+        if not self._samples_left[sequence.request]:
+            del self._samples_left[sequence.request]
+            self.counters.add(FINISHED, 1)
 
     def _admit(self) -> list[int]:
-        """Requests for the places that are free."""
+        """Requests while a place is free. Samples of the last one for which there is none wait in the scheduler."""
         admitted = []
         while len(self.answers) < self.plan.max_seqs and (number := self.queue.take()) is not None:
-            self.answers[number] = Answer(self.requests[number], self.eos_ids, self.decode, time.monotonic())
+            request = self.requests[number]
+            self._samples_left[number] = request.params.n
+            for sample in range(request.params.n):
+                self.answers[number, sample] = Answer(request, sample, self.eos_ids, self.decode, time.monotonic())
             admitted.append(number)
         return admitted

@@ -21,13 +21,15 @@ class Counters:
         return self.value - value
 
 
-def requests(lengths, limits):
-    return [ReadyRequest(i, str(i), np.zeros(n, np.int32), SamplingParams(), limit)
+def requests(lengths, limits, samples=1):
+    return [ReadyRequest(i, str(i), np.zeros(n, np.int32), SamplingParams(temperature=1, n=samples), limit)
             for i, (n, limit) in enumerate(zip(lengths, limits, strict=True))]
 
 
 def test_long_ones_come_first_and_equals_in_their_order():
     assert by_cost(requests([5, 5, 100, 5], [10, 400, 10, 10])) == [1, 2, 0, 3]
+    # The prompt is computed once for all samples.
+    assert by_cost(requests([100, 0], [10, 30])) == [0, 1] and by_cost(requests([100, 0], [10, 30], samples=2)) == [1, 0]
 
 
 @pytest.mark.parametrize(("count", "replicas", "at_once"), [(0, 2, 3), (1, 3, 4), (7, 2, 2), (20, 3, 4), (5, 1, 64)])
