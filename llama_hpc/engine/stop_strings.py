@@ -41,7 +41,8 @@ class StopStrings:
 
     def _settle(self, pending: list[int], text: str) -> None:
         """Settles pending tokens but for a window; waits for a place between whole characters, though not for ever."""
-        for count in range(_WINDOW, _WINDOW - 4, -1):           # a character has four bytes at most
+        most = len(pending) - _WINDOW
+        for count in range(most, most - 4, -1):                 # a character has four bytes at most
             settled = self._decode(pending[:count])
             beside = settled[-1:] + text[len(settled) : len(settled) + 1]
             if settled + self._decode(pending[count:]) == text and _REPLACEMENT not in beside:

