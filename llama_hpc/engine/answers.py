@@ -30,8 +30,7 @@ def ends_of(params: SamplingParams, eos_ids: frozenset[int]) -> frozenset[int]:
 
 
 class Answer:
-    """One sample of a request being answered. ``decode`` (ids to text, or None without a tokenizer) serves stop strings and the
-    text."""
+    """A sample of a request being answered. ``decode`` (ids to text, None without a tokenizer) serves stop strings and text."""
 
     def __init__(self, request: ReadyRequest, sample: int, eos_ids: frozenset[int], decode, started: float):
         self.request, self.sample, self._decode = request, sample, decode
@@ -39,8 +38,8 @@ class Answer:
         self._key = request_key(params.seed, request.id)
         self._ends = ends_of(params, eos_ids)
         self._stops = StopStrings(params.stop, decode, params.min_tokens) if params.stop else None
-        # How often the answer has each token of prompt and answer; for penalties.
-        self._counts = dict.fromkeys(request.prompt.tolist(), 0) if params.penalizes else None
+        # For penalties: how often the answer has each token of prompt and answer.
+        self._counts: dict[int, int] = {}
         self.tokens: list[int] = []
         self.logprobs: list[np.float32] = []
         self._top_tokens: list[np.ndarray] = []
@@ -65,7 +64,7 @@ class Answer:
             self._first_token = time.monotonic()
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if self._counts is not None:
+        if params.penalizes:
             self._counts[token] = self._counts.get(token, 0) + 1
         if token in self._ends or self._stop_string():
             self.finish_reason = "stop"
@@ -82,10 +81,13 @@ class Answer:
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
         """Logits with penalties, then biases, and -inf for tokens that would end the answer too early."""
         params, early = self.request.params, len(self.tokens) < self.request.params.min_tokens
-        if self._counts is None and not params.logit_bias and not early:
+        if not (params.penalizes or params.logit_bias or early):
             return logits
         logits = logits.copy()
-        if self._counts is not None:
+        if params.penalizes:
+            if not self.tokens:
+                # Not before: many samples may be waiting.
+                self._counts = dict.fromkeys(self.request.prompt.tolist(), 0)
             adjust(logits, _integers(self._counts), _integers(self._counts.values()), params.repetition_penalty,
                    params.frequency_penalty, params.presence_penalty)
         if params.logit_bias:

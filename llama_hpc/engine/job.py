@@ -88,8 +88,8 @@ class Job:
     def _shape(self, checkpoint: Checkpoint, ready: list[ReadyRequest]) -> GridShape:
         self.memory = memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN)
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
+        samples = sum(r.params.n for r in ready)
         with agreed(self.comm, "choosing the grid"):
-            samples = sum(r.params.n for r in ready)
             shape = self.asked_shape or auto_grid(
                 checkpoint.config, self.weights, self.comm.size, per_node, memory, samples, self.args.max_seqs,
                 longest(ready), -(-sum(r.params.n * (len(r.prompt) + r.limit) for r in ready) // samples))

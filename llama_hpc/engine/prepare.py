@@ -63,9 +63,11 @@ def _check_sampling(request: Request, tokenizer, config: ModelConfig) -> None:
     if params.logprobs > size:
         raise UsageError(f"request {shown(request.id)}: logprobs is {params.logprobs}, but the vocabulary has {size} tokens: "
                          "lower logprobs")
-    if params.min_tokens and ends_of(params, eos_ids(config, tokenizer)).issuperset(range(size)):
-        raise UsageError(f"request {shown(request.id)}: min_tokens is {params.min_tokens}, but every token of the vocabulary "
-                         "ends the answer: leave some out of stop_token_ids")
+    if params.min_tokens:
+        ends = ends_of(params, eos_ids(config, tokenizer))
+        if all(token in ends for token in range(size)):
+            raise UsageError(f"request {shown(request.id)}: min_tokens is {params.min_tokens}, but every token of the vocabulary "
+                             "ends the answer: leave some out of stop_token_ids")
 
 
 def eos_ids(config: ModelConfig, tokenizer) -> frozenset[int]:

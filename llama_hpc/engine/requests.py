@@ -135,13 +135,13 @@ def _request(index: int, number: int, entry: dict[str, Any], default_params: Sam
 
 def _check_unknown(key: str) -> None:
     plain = key.lower().replace("-", "_")
-    near = difflib.get_close_matches(plain, SAMPLING_NAMES, n=1, cutoff=0.8)
-    if near:
-        raise UsageError(f"key {shown(key)} looks like the setting {near[0]!r}: correct or rename it")
     if plain in FOREIGN_SETTINGS:
         own = FOREIGN_SETTINGS[plain]
         advice = f"use {own}" if own else f"allowed are {', '.join(SAMPLING_NAMES)}"
         raise UsageError(f"key {shown(key)} is not a setting here: {advice}")
+    near = difflib.get_close_matches(plain, SAMPLING_NAMES, n=1, cutoff=0.8)
+    if near:
+        raise UsageError(f"key {shown(key)} looks like the setting {near[0]!r}: correct or rename it")
 
 
 def _check_unicode(name: str, text: str) -> None:

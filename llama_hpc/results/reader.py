@@ -194,9 +194,10 @@ def _check_shapes(results: Results) -> None:
         total = length.pop("tokens")
         # Lengths first: a damaged one may be astronomical, and the column must not be read then.
         consistent = prompts == texts and total == length.pop("logprobs")
-        consistent = consistent and {length.pop("offsets") - 1} == {length[name] for name in _OUTPUT_COLUMNS}
+        bounds = length.pop("offsets")
+        consistent = consistent and {bounds - 1} == {length[name] for name in _OUTPUT_COLUMNS}
         top = [length.get(name) for name in ("top_tokens", "top_logprobs", "top_offsets")]
-        consistent = consistent and (top == [None] * 3 or (top[0] == top[1] and top[2] == results.file["outputs/offsets"].size))
+        consistent = consistent and (top == [None] * 3 or (top[0] == top[1] and top[2] == bounds))
     if consistent:
         offsets, request = results.offsets, results.request
         consistent = offsets[0] == 0 and offsets[-1] == total and np.all(offsets[1:] >= offsets[:-1])
