@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from datetime import datetime
+from math import prod
 
 import h5py
 import numpy as np
@@ -186,7 +187,7 @@ def outputs_alike(results, others):
     "2x1x1 --max-seqs 2", "1x1x1 --kv-memory 50K"])
 def test_no_layout_changes_a_sampled_answer(answer, every_setting, layout):
     grid, *options = layout.split()
-    outputs_alike(answer(SETTINGS, "--grid", grid, *options, ranks=eval(grid.replace("x", "*"))), every_setting)
+    outputs_alike(answer(SETTINGS, "--grid", grid, *options, ranks=prod(map(int, grid.split("x")))), every_setting)
 
 
 def test_samples_are_told_apart_and_do_not_depend_on_their_number(answer, every_setting):
