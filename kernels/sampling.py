@@ -1,8 +1,8 @@
 """Choosing tokens from logits, canonical: integer weights, a total order, integer comparisons.
 
-The weight of a token is rint(exp(l - max) * 2**32); the order is (logit descending, id ascending); top-p and the draw
+The weight of a token is rint(exp(l - max) * 2**32); the order is (logit descending, id ascending); top-p, min-p and the draw
 compare integers. Random numbers come from Philox4x64-10 (Salmon et al. 2011), keyed by the request, counted by the
-index of the token: a draw depends on nothing else that happens in the batch.
+sample and the index of the token: a draw depends on nothing else that happens in the batch.
 """
 
 import hashlib
@@ -14,8 +14,9 @@ from .numerics import FIXED, exp, log_probability
 _MASK = 2**64 - 1
 
 # Logits are multiples of 2**-32 below 2**20. Below the lowest of these temperatures all weight lies on the maximum,
-# above the highest it is the same everywhere, and nothing between them overflows.
+# above the highest it is the same everywhere, and nothing between them overflows (nor with adjusted logits, below 2**33).
 TEMPERATURES = 2.0**-64, 2.0**64
+_FEW = 256                      # tokens that are put in order at first: most draws need no more
 
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -41,36 +42,74 @@ def weigh(logits, weights):
     return maximum, int(weights.sum())
 
 
-def order_keys(logits):
-    """uint64 keys that sort ascending by (logit descending, id ascending)."""
-    bits = logits.view(np.int32).astype(np.int64)
+def adjust(logits, ids, counts, repetition: float, frequency: float, presence: float) -> None:
+    """Penalises tokens ``ids`` int64 [n] in place, of which the answer has ``counts`` int64 [n] so far; float32 logits [V].
+
+    One rounded float32 operation after the other: l / repetition for l > 0, else l * repetition; minus (frequency * count);
+    minus presence where count > 0. The order is that of vLLM, the first rule that of Keskar et al. 2019 (CTRL).
+    """
+    values, factor = logits[ids], np.float32(repetition)
+    values = np.where(values > 0, values / factor, values * factor)
+    values = values - np.float32(frequency) * counts.astype(np.float32)
+    logits[ids] = np.where(counts > 0, values - np.float32(presence), values)
+
+
+def order_keys(logits, ids):
+    """uint64 keys of tokens ``ids`` that sort ascending by (logit descending, id ascending)."""
+    bits = logits[ids].view(np.int32).astype(np.int64)
     ascending = np.where(bits < 0, -0x80000000 - bits, bits)
-    return ((0x7FFFFFFF - ascending).astype(np.uint64) << np.uint64(32)) | np.arange(logits.shape[0], dtype=np.uint64)
+    return ((0x7FFFFFFF - ascending).astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
 
 
-def choose(logits, temperature: float, top_k: int, top_p: float, random: int, weigh=weigh) -> int:
+def largest(logits, count: int):
+    """Ids int64 of the first ``count`` tokens in order; float32 logits [V], finite or -inf."""
+    size = logits.shape[0]
+    if count < size:
+        least = np.partition(logits, size - count)[size - count]
+        ids = np.flatnonzero(logits >= least)       # more than ``count`` where others equal the last one
+    else:
+        ids = np.arange(size)
+    return (np.sort(order_keys(logits, ids))[:count] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def _beginning(logits, weights, amount: int):
+    """Ids of the shortest beginning of the order with at least this ``amount`` of weight."""
+    count = _FEW
+    while True:
+        ids = largest(logits, count)
+        cumulative = np.cumsum(weights[ids])
+        if cumulative[-1] >= amount:
+            return ids[: int(np.searchsorted(cumulative, amount)) + 1]
+        count *= 32
+
+
+def choose(logits, temperature: float, top_k: int, top_p: float, min_p: float, random: int, weigh=weigh) -> int:
     """The token drawn from float32 logits [V] with a 64-bit random number; temperature 0 takes the first in order.
 
     Temperature divides the logits, then ``top_k`` keeps the first k (0: all), then ``top_p`` keeps the shortest prefix
-    with at least that share of the kept weight. The order is that of the logits themselves: division may make
-    neighbours equal. A temperature beyond ``TEMPERATURES`` counts as the nearer end. ``weigh`` is a backend's form of
-    the function above.
+    with at least that share of the kept weight, then ``min_p`` keeps tokens with at least that share of the first one's
+    weight; shares are rounded to multiples of 2**-32. The order is that of the logits themselves: division may make
+    neighbours equal. A logit of -inf is never drawn. A temperature beyond ``TEMPERATURES`` counts as the nearer end.
+    ``weigh`` is a backend's form of the function above.
     """
     if temperature == 0:
         return int(np.argmax(logits))
     weights = np.empty(logits.shape, np.int64)
-    weigh(logits / np.float32(np.clip(temperature, *TEMPERATURES)), weights)
-    keys = order_keys(logits)
-    if 0 < top_k < keys.shape[0]:
-        keys = np.partition(keys, top_k - 1)[:top_k]
-    ids = (np.sort(keys) & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    cumulative = np.cumsum(weights[ids])
-    kept = len(ids)
+    total = weigh(logits / np.float32(np.clip(temperature, *TEMPERATURES)), weights)[1]
+    ids = None                                      # all, in no order
+    if 0 < top_k < len(logits):
+        ids = largest(logits, top_k)
+        total = weights[ids].sum()
     if top_p < 1:
-        share = -(-round(top_p * 2**32) * int(cumulative[-1]) >> 32)
-        kept = min(int(np.searchsorted(cumulative, share, side="left")) + 1, kept)
-    target = (random * int(cumulative[kept - 1])) >> 64
-    return int(ids[np.searchsorted(cumulative[:kept], target, side="right")])
+        ids = _beginning(logits, weights, -(-round(top_p * 2**32) * int(total) >> 32))
+    kept = weights if ids is None else weights[ids]
+    if min_p > 0:
+        # The first one's weight is exp(0) = 1.
+        kept = np.where(kept < round(min_p * 2**32), 0, kept)
+    target = (random * int(kept.sum())) >> 64
+    if ids is None:
+        return int(_beginning(logits, kept, target + 1)[-1])
+    return int(ids[np.searchsorted(np.cumsum(kept), target, side="right")])
 
 
 def chosen_logprob(logits, token: int, weights, weigh=weigh) -> np.float32:

@@ -23,9 +23,21 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     sampling.add_argument("--temperature", default=0.0, metavar="T", help="0: greedy (default)")
     sampling.add_argument("--top-k", default=0, metavar="K", help="0: off (default)")
     sampling.add_argument("--top-p", default=1.0, metavar="P", help="1: off (default)")
+    sampling.add_argument("--min-p", default=0.0, metavar="P", help="share of the likeliest token's weight; 0: off (default)")
+    sampling.add_argument("--repetition-penalty", default=1.0, metavar="R",
+                          help="for tokens of prompt and answer; 1: off (default)")
+    sampling.add_argument("--presence-penalty", default=0.0, metavar="A", help="for tokens of the answer; 0: off (default)")
+    sampling.add_argument("--frequency-penalty", default=0.0, metavar="A",
+                          help="for each time that the answer has the token; 0: off (default)")
+    sampling.add_argument("--logit-bias", action="append", default=[], metavar="ID=BIAS",
+                          help="added to the logit of a token; may be repeated")
+    sampling.add_argument("--n", default=1, metavar="N", help="answers to each prompt (default: 1)")
     sampling.add_argument("--seed", default=0, metavar="S", help="of all draws (default: 0)")
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's end tokens")
+    sampling.add_argument("--min-tokens", default=0, metavar="N", help="tokens before an answer may stop (default: 0)")
+    sampling.add_argument("--logprobs", default=0, metavar="N",
+                          help="also store the N likeliest tokens at each token, up to 20 (default: 0)")
     batching = parser.add_argument_group("batching (changes speed and memory, never the answers)")
     batching.add_argument("--token-budget", type=whole(1), default=8192, metavar="N",
                           help="tokens of a step at most, of prompts and answers together (default: %(default)s)")
@@ -86,6 +98,22 @@ def sampling_params(args: argparse.Namespace):
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
             raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {text!r}") from None
-    return SamplingParams(temperature=number("temperature", float), top_k=number("top_k", int), top_p=number("top_p", float),
-                          seed=number("seed", int), max_tokens=number("max_tokens", int), stop=tuple(args.stop),
-                          ignore_eos=args.ignore_eos)
+    floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    integers = ("top_k", "seed", "max_tokens", "n", "min_tokens", "logprobs")
+    numbers = {name: number(name, float) for name in floats} | {name: number(name, int) for name in integers}
+    return SamplingParams(**numbers, stop=tuple(args.stop), ignore_eos=args.ignore_eos, logit_bias=_biases(args.logit_bias))
+
+
+def _biases(texts: list[str]) -> dict[str, float]:
+    from llama_hpc.errors import UsageError
+    biases = {}
+    for text in texts:
+        token, _, bias = text.partition("=")
+        try:
+            value = float(bias)
+        except ValueError:
+            raise UsageError(f"--logit-bias must be ID=BIAS, such as 42=-1.5, got {text!r}") from None
+        if token in biases:
+            raise UsageError(f"--logit-bias has token id {token} twice: keep one")
+        biases[token] = value
+    return biases

@@ -113,10 +113,17 @@ def _print_json(results: Any, rows: range, args: argparse.Namespace) -> None:
             entry.update(num_tokens=len(output.tokens), timing=output.timing)
             if args.tokens:
                 entry["tokens"] = output.tokens.tolist()
-                entry["logprobs"] = [value if math.isfinite(value) else None for value in output.logprobs.tolist()]
+                entry["logprobs"] = _finite(output.logprobs)
+                if output.top_tokens.size:
+                    entry["top_tokens"] = output.top_tokens.tolist()
+                    entry["top_logprobs"] = [_finite(row) for row in output.top_logprobs]
             entries.append(entry)
     document = {**summary(results), "verified": args.verify, "provenance": results.provenance, "outputs": entries}
     print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _finite(logprobs: Any) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in logprobs.tolist()]
 
 
 def _print_text(results: Any, rows: range, args: argparse.Namespace) -> None:
@@ -162,8 +169,13 @@ def _print_output(output: Any, count: int, width: int | None, tokens: bool) -> N
     facts = [_counted(len(output.tokens), "tokens"), f"finish: {output.finish_reason}", *times]
     _print_wrapped("  " + ", ".join(facts), width, "    ")
     if tokens and len(output.tokens):
-        pairs = [f"{token} ({logprob:.4f})" for token, logprob in zip(output.tokens, output.logprobs, strict=True)]
-        _print_wrapped("  tokens: " + ", ".join(pairs), width, "    ")
+        _print_wrapped("  tokens: " + _pairs(output.tokens, output.logprobs), width, "    ")
+        for place, top in enumerate(zip(output.top_tokens, output.top_logprobs, strict=True) if output.top_tokens.size else ()):
+            _print_wrapped(f"  likeliest at token {place}: " + _pairs(*top), width, "    ")
+
+
+def _pairs(tokens: Any, logprobs: Any) -> str:
+    return ", ".join(f"{token} ({logprob:.4f})" for token, logprob in zip(tokens, logprobs, strict=True))
 
 
 def _print_block(label: str, text: str, width: int | None) -> None:

@@ -14,7 +14,8 @@ from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.latency import Target, report
 from llama_hpc.engine.layout import auto_grid, cache_pages, check_pages
-from llama_hpc.engine.prepare import longest, prepare
+from llama_hpc.engine.pipeline import PipelineConfig
+from llama_hpc.engine.prepare import eos_ids, longest, prepare
 from llama_hpc.engine.queue import COUNTERS, FINISHED, TOKENS, RequestQueue
 from llama_hpc.engine.replica import BatchPlan, Replica
 from llama_hpc.engine.requests import read_requests
@@ -42,7 +43,6 @@ from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
 from llama_hpc.weights.store import Store
 
 _LOG = logging.getLogger(__name__)
-PREFILL = 512                   # prompt tokens of a step on a pipeline
 _POLL = 0.2                     # seconds between looks at the shared counters
 
 
@@ -95,25 +95,28 @@ class Job:
     def _shape(self, checkpoint: Checkpoint, ready: list[ReadyRequest]) -> GridShape:
         self.memory = memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN)
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
+        samples = sum(r.params.n for r in ready)
         with agreed(self.comm, "choosing the grid"):
             shape = self.asked_shape or auto_grid(
-                checkpoint.config, self.weights, self.comm.size, per_node, memory, len(ready), self.args.max_seqs,
-                longest(ready), -(-sum(len(r.prompt) + r.limit for r in ready) // len(ready)))
+                checkpoint.config, self.weights, self.comm.size, per_node, memory, samples, self.args.max_seqs,
+                longest(ready), -(-sum(r.params.n * (len(r.prompt) + r.limit) for r in ready) // samples))
             check_grid(checkpoint.config, shape)
         return shape
 
     def _plan(self, checkpoint: Checkpoint, grid: Grid, ready: list[ReadyRequest]) -> BatchPlan:
         """How replicas batch; the cache is as large as the rank of least room of each replica allows."""
         args, config, shape = self.args, checkpoint.config, grid.shape
-        at_once = min(args.max_seqs, -(-len(ready) // shape.data))
+        most = max(r.params.n for r in ready)       # of which one replica answers all
+        at_once = min(args.max_seqs, max(most, -(-sum(r.params.n for r in ready) // shape.data)))
         pages = cache_pages(config, self.weights, stage_shares(config, shape.pipeline)[grid.stage],
                             TensorShare.of(config, shape.tensor, grid.tensor_index), self.memory, args.kv_memory)
         pages = self.comm.allreduce(pages, MPI.MIN)
         with agreed(self.comm, "planning the KV cache"):
             check_pages(pages, ready, args.kv_memory is not None)
         budget = min(args.token_budget, at_once * longest(ready))
-        depth = args.micro_batches or shape.pipeline
-        prefill = args.prefill_micro_batch or (budget if depth == 1 else PREFILL)
+        pipeline = PipelineConfig.for_model(config.num_layers, config.hidden_size, stages=shape.pipeline)
+        depth = args.micro_batches or pipeline.micro_batches
+        prefill = args.prefill_micro_batch or (budget if depth == 1 else pipeline.prefill_micro_batch)
         return BatchPlan(at_once, depth, StepLimits(budget, min(prefill, budget), args.decode_micro_batch or 0),
                          min(pages, at_once * pages_of(longest(ready))), args.prefix_sharing, args.adapt, tuple(self.targets))
 
@@ -167,7 +170,7 @@ class Job:
                 ) -> tuple[Replica, float]:
         """This rank's part of a replica, which has the answers (on its leader), and the seconds that the job took to answer."""
         tokenizer = load_tokenizer(checkpoint.path) if grid.is_leader else None
-        eos = frozenset(checkpoint.config.eos_token_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
+        eos = eos_ids(checkpoint.config, tokenizer)
         def decode(ids) -> str:
             return tokenizer.decode(ids, continuation=True)
         counters = SharedCounters(self.comm, COUNTERS)
@@ -176,7 +179,9 @@ class Job:
         with Progress(len(ready), "prompts", "answering", show=self.first) as progress:
             watch = _Watch(counters, progress) if self.first else None
             stage.reducer.reset()
-            queue = RequestQueue(ready, counters, grid.data_index, grid.shape.data, plan.max_seqs)
+            # So many requests run at a time even if each wants the most samples.
+            at_once = max(1, plan.max_seqs // max(r.params.n for r in ready))
+            queue = RequestQueue(ready, counters, grid.data_index, grid.shape.data, at_once)
             replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, watch)
             replica.run()
             if watch:

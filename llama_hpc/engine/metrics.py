@@ -11,8 +11,8 @@ import numpy as np
 # ``compute``: kernels, without ``reduce``: joins over the tensor group, in the midst of computing; ``gather``: logits and faults;
 # ``decide``: samples, on the leader; ``idle``: nothing to do before the next request arrives.
 PHASES = ("outcome", "schedule", "receive", "compute", "send", "gather", "decide", "idle", "reduce")
-OUTCOME, SCHEDULE, RECEIVE, COMPUTE, SEND, GATHER, DECIDE, IDLE, REDUCE = range(len(PHASES))
-WAITING = (OUTCOME, RECEIVE)    # a stage with nothing to do: the bubble of the pipeline
+WAITING = ("outcome", "receive")        # a stage with nothing to do: the bubble of the pipeline
+_NUMBER = {phase: number for number, phase in enumerate(PHASES)}
 # What a step held: rows, of which prompts' are prefill; sequences that run and wait; pages of the cache that are held.
 COUNTS = ("rows", "prefill", "running", "waiting", "pages")
 
@@ -36,7 +36,7 @@ class RankMetrics:
     @property
     def bubble(self) -> float:
         """Share of the time in which it waited for other stages or the leader."""
-        return sum(self.totals[PHASES[phase]] for phase in WAITING) / self.seconds if self.seconds else 0.0
+        return sum(self.totals[phase] for phase in WAITING) / self.seconds if self.seconds else 0.0
 
     @property
     def utilisation(self) -> float:
@@ -64,21 +64,22 @@ class Recorder:
         self._start = self._last = now
         self._first = self._first or now
 
-    def lap(self, phase: int) -> None:
+    def lap(self, phase: str) -> None:
         """What was done since the last lap was this phase."""
         now = time.monotonic_ns()
-        self._laps[phase] += now - self._last
+        self._laps[_NUMBER[phase]] += now - self._last
         self._last = now
 
     def step_seconds(self) -> tuple[float, float]:
         """How long this step has taken up to the last lap, and for how much of it this rank waited."""
-        return (self._last - self._start) / 1e9, sum(int(self._laps[phase]) for phase in WAITING) / 1e9
+        return (self._last - self._start) / 1e9, sum(int(self._laps[_NUMBER[phase]]) for phase in WAITING) / 1e9
 
     def end(self, counts: Sequence[int]) -> None:
         """The step is over; ``counts`` as in COUNTS."""
         reduced = int(self._reduced[0])
-        self._laps[REDUCE], self._reduced_before = reduced - self._reduced_before, reduced
-        self._laps[COMPUTE] -= self._laps[REDUCE]
+        self._laps[_NUMBER["reduce"]] = reduced - self._reduced_before
+        self._laps[_NUMBER["compute"]] -= reduced - self._reduced_before
+        self._reduced_before = reduced
         self._totals += self._laps
         if self._steps % self._stride == 0:
             if self._kept == _KEPT:

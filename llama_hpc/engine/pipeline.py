@@ -15,8 +15,9 @@ MEMORY_BUDGET = 512 << 20
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """``micro_batches`` steps under way at once; ``prefill_micro_batch`` prompt tokens and ``decode_micro_batch`` decoding sequences
-    of each at most (0: an equal share of those that run). ``memory_budget``: bytes of a rank's buffers for activations in flight.
+    """``micro_batches`` steps under way at once, each with at most ``prefill_micro_batch`` prompt tokens and
+    ``decode_micro_batch`` decoding sequences (0: an equal share of those that run). ``memory_budget``: bytes of a rank's
+    buffers for residuals in flight.
 
     Raises UsageError for numbers that make no pipeline.
     """
@@ -45,11 +46,10 @@ class PipelineConfig:
 
 
 class PipelineState:
-    """Steps under way on ``stages`` stages, at most ``max_depth``: a queue in which everything moves on by one stage at a time."""
+    """Steps under way on ``stages`` stages, at most ``max_depth``: a queue in which all move on by one stage at a time."""
 
     def __init__(self, stages: int, max_depth: int):
         self.stages, self.max_depth = stages, max_depth
-        self.idle_ticks = 0             # advances in which nothing could be pushed, as everything under way was to be waited for
         self._under_way: deque[list] = deque()          # [what was pushed, stages that it has passed]
 
     def __len__(self) -> int:
@@ -67,7 +67,6 @@ class PipelineState:
 
     def advance(self) -> None:
         """Every step under way passes a stage."""
-        self.idle_ticks += not self.can_accept()
         for entry in self._under_way:
             entry[1] = min(entry[1] + 1, self.stages)
 

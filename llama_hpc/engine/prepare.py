@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llama_hpc.engine.answers import ReadyRequest
+from llama_hpc.engine.answers import ReadyRequest, ends_of
 from llama_hpc.engine.requests import Request, check_token_ids
 from llama_hpc.engine.sampling_params import shown
 from llama_hpc.errors import UsageError
@@ -24,7 +24,7 @@ def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len
     for request in requests:
         ids, text = _tokens(request, tokenizer)
         check_token_ids(request, ids, config.vocab_size, limit)
-        _check_stop_tokens(request, config.vocab_size)
+        _check_sampling(request, tokenizer, config)
         tokens = min(request.params.max_tokens, limit - len(ids))
         ready.append(ReadyRequest(request.index, request.id, np.array(ids, np.int32), request.params, tokens, request.arrival_s))
         texts.append(text)
@@ -52,11 +52,27 @@ def _tokens(request: Request, tokenizer) -> tuple[list[int], str | None]:
     return tokenizer.encode(request.prompt), request.prompt
 
 
-def _check_stop_tokens(request: Request, vocab_size: int) -> None:
-    for token in request.params.stop_token_ids:
-        if token >= vocab_size:
-            raise UsageError(f"request {shown(request.id)}: stop token id {token} is outside the vocabulary "
-                             f"(0 to {vocab_size - 1}): use the tokenizer of this model")
+def _check_sampling(request: Request, tokenizer, config: ModelConfig) -> None:
+    """Settings that only the vocabulary can judge."""
+    params, size = request.params, config.vocab_size
+    for kind, tokens in (("stop token id", params.stop_token_ids), ("logit_bias token id", params.logit_bias)):
+        for token in tokens:
+            if token >= size:
+                raise UsageError(f"request {shown(request.id)}: {kind} {token} is outside the vocabulary "
+                                 f"(0 to {size - 1}): use the tokenizer of this model")
+    if params.logprobs > size:
+        raise UsageError(f"request {shown(request.id)}: logprobs is {params.logprobs}, but the vocabulary has {size} tokens: "
+                         "lower logprobs")
+    if params.min_tokens:
+        ends = ends_of(params, eos_ids(config, tokenizer))
+        if all(token in ends for token in range(size)):
+            raise UsageError(f"request {shown(request.id)}: min_tokens is {params.min_tokens}, but every token of the vocabulary "
+                             "ends the answer: leave some out of stop_token_ids")
+
+
+def eos_ids(config: ModelConfig, tokenizer) -> frozenset[int]:
+    """The end tokens of a model, of which its configuration and its tokenizer (None: has none) may name different ones."""
+    return frozenset(config.eos_token_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
 
 
 def longest(ready: list[ReadyRequest]) -> int:

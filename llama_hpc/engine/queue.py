@@ -12,7 +12,7 @@ def by_cost(requests: list[ReadyRequest]) -> list[int]:
     together (longest processing time first; Graham 1969). The same on every rank."""
     def cost(number: int) -> int:
         request = requests[number]
-        return len(request.prompt) + _DECODE_COST * request.limit
+        return len(request.prompt) + _DECODE_COST * request.limit * request.params.n
     return sorted(range(len(requests)), key=lambda number: -cost(number))
 
 

@@ -8,13 +8,13 @@ import numpy as np
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.outcomes import Outcomes
 from llama_hpc.comm.pipeline import StageChannel
-from llama_hpc.engine import metrics
 from llama_hpc.engine.adapt import Adapter
 from llama_hpc.engine.answers import Answer, ReadyRequest
 from llama_hpc.engine.latency import Target
 from llama_hpc.engine.logits import LogitsGather
 from llama_hpc.engine.metrics import Recorder
 from llama_hpc.engine.pages import PagePool
+from llama_hpc.engine.pipeline import PipelineStage, PipelineState
 from llama_hpc.engine.queue import FINISHED, TOKENS, RequestQueue
 from llama_hpc.engine.scheduler import Scheduler, Sequence, StepLimits
 from llama_hpc.grid import Grid
@@ -53,9 +53,11 @@ class Replica:
         self.scheduler = Scheduler(plan.limits, plan.max_seqs, PagePool(plan.pages, plan.sharing), stage.cache.pages, plan.depth,
                                    self._sequences)
         self.channel = StageChannel(grid.pipeline_comm, plan.depth, plan.limits.token_budget, stage.config.hidden_size)
+        self.pipeline, self.under_way = PipelineStage(stage, self.channel), PipelineState(grid.shape.pipeline, plan.depth)
         self.outcomes = Outcomes(grid.replica, grid.leader_rank, plan.depth, plan.max_seqs)
         self.gather = LogitsGather(grid.tensor_comm, stage) if grid.last_stage else None
-        self.answers: dict[int, Answer] = {}
+        self.answers: dict[tuple[int, int], Answer] = {}        # by request and sample
+        self._samples_left: dict[int, int] = {}                 # of each request that is being answered
         self.outputs: list[Output] = []
         self._steps = self._tokens = 0
         # Only the leader's limits count; on the last stage, what it waits for is the stages before.
@@ -64,24 +66,26 @@ class Replica:
 
     def _sequences(self, number: int) -> list[Sequence]:
         request = self.requests[number]
-        return [Sequence(number, 0, request.prompt, request.limit)]
+        return [Sequence(number, sample, request.prompt, request.limit) for sample in range(request.params.n)]
 
     def run(self) -> list[Output]:
         """Answers requests until none is left. Raises NumericsError on every rank of the replica at the same step."""
         self._decide(0, [], 0)
         self.outcomes.post(0)
         self.scheduler.apply(self.outcomes.wait(0))
-        last, step, depth = False, 1, self.plan.depth
+        last, step = False, 1
         while not last:
             self.recorder.begin()
-            if step > depth:
-                last = self._learn(step - depth)
-                self.recorder.lap(metrics.OUTCOME)
+            if not self.under_way.can_accept():
+                last = self._learn(self._oldest())
+                self.recorder.lap("outcome")
             if not last:
+                self.under_way.push(step)
                 self._step(step)
+                self.under_way.advance()
                 step += 1
-        for under_way in range(step - depth + 1, step):
-            self.outcomes.wait(under_way)
+        while len(self.under_way):
+            self.outcomes.wait(self._oldest())
         self.outcomes.free()
         self.channel.finish()
         return self.outputs
@@ -93,6 +97,12 @@ class Replica:
         return {"steps": self._steps, "tokens": self._tokens, "shared_tokens": pool.shared_tokens,
                 "setbacks": self.scheduler.setbacks, "pages": pool.count, "pages_used": pool.most_used,
                 "bytes_sent": self.channel.bytes_sent, **self.stage.reducer.work()}
+
+    def _oldest(self) -> int:
+        """The oldest step under way, taken off when it has passed all stages."""
+        while not self.under_way.has_output():
+            self.under_way.advance()
+        return self.under_way.pop()
 
     def _learn(self, step: int) -> bool:
         """Takes over the leader's decisions about a step; whether it was the last one."""
@@ -108,24 +118,20 @@ class Replica:
         if not self.outcomes.leads:
             self.outcomes.post(step)
         stage, lap = self.stage, self.recorder.lap
-        lap(metrics.SCHEDULE)
+        lap("schedule")
         if batch.rows:
             self._steps += 1
             self._tokens += batch.rows
-            stage.faults.merge(self.channel.receive(stage.residual, batch.rows))
-            lap(metrics.RECEIVE)
-            stage.forward(batch)
-            lap(metrics.COMPUTE)
-            self.channel.send(stage.residual, batch.rows, stage.faults.code)
-            lap(metrics.SEND)
+            self.pipeline.run(batch, lap)
         if self.gather is not None:
             fault = self.gather.fault() if batch.rows else 0
-            rows = self.gather.rows([i for i, s in enumerate(chosen) if not self.requests[s.request].params.greedy])
-            lap(metrics.GATHER)
+            wanted = [i for i, sequence in enumerate(chosen) if self._needs_logits(sequence)]
+            rows = self.gather.rows(wanted)
+            lap("gather")
             if self.outcomes.leads:
-                self._decide(step, chosen, fault, rows)
+                self._decide(step, chosen, fault, dict(zip(wanted, rows, strict=True)))
                 self.outcomes.post(step)
-                lap(metrics.DECIDE)
+                lap("decide")
         stage.faults.clear()
         self.tick()
         if self.adapter and batch.rows:
@@ -133,24 +139,27 @@ class Replica:
         scheduler = self.scheduler
         self.recorder.end((batch.rows, scheduler.prefilled, len(scheduler.running), len(scheduler.waiting), scheduler.pool.used))
 
+    def _needs_logits(self, sequence: Sequence) -> bool:
+        """Whether the token that a sequence waits for takes its row of logits; all ranks see the same state of it."""
+        request = self.requests[sequence.request]
+        return request.params.needs_logits(sequence.known - len(request.prompt))
+
     def _fault(self, code: int):
         # The leader ends the job: exchanges of other steps, and other replicas, are still under way.
         error = error_of(code)
         error.reported_elsewhere = not self.grid.is_leader
         return error
 
-    def _decide(self, step: int, chosen: list[Sequence], fault: int, rows: np.ndarray | None = None) -> None:
-        """The leader's part: sample, end sequences, admit requests. ``rows``: logits of the outputs that are not greedy."""
+    def _decide(self, step: int, chosen: list[Sequence], fault: int, rows: dict[int, np.ndarray] | None = None) -> None:
+        """The leader's part: choose tokens, end sequences, admit requests. ``rows``: logits of the outputs that need them."""
         if not self.outcomes.leads:
             return
         outcome = self.outcomes.of(step)
         if chosen and not fault:
-            rows = iter(rows)
             found = zip(chosen, *self.gather.likeliest(len(chosen)), strict=True)
             for i, (sequence, token, maximum, total) in enumerate(found):
-                answer = self.answers[sequence.request]
-                row = None if answer.request.params.greedy else next(rows)
-                outcome.token[i] = answer.extend(int(token), maximum, int(total), row)
+                answer = self.answers[sequence.request, sequence.sample]
+                outcome.token[i] = answer.extend(int(token), maximum, int(total), rows.get(i))
                 outcome.done[i] = bool(answer.finish_reason)
                 if answer.finish_reason:
                     self._finish(sequence, answer)
@@ -162,20 +171,26 @@ class Replica:
 
     def _wait_for_arrival(self, arrival: float) -> None:
         """With nothing to do until a request arrives, or for a while."""
-        self.recorder.lap(metrics.DECIDE)
+        self.recorder.lap("decide")
         time.sleep(min(max(0.0, arrival - (time.monotonic() - self.origin)), _NAP))
-        self.recorder.lap(metrics.IDLE)
+        self.recorder.lap("idle")
 
     def _finish(self, sequence: Sequence, answer: Answer) -> None:
         self.outputs.append(answer.output(self.origin, sequence.setbacks))
-        del self.answers[sequence.request]
-        self.counters.add(FINISHED, 1)
+        del self.answers[sequence.request, sequence.sample]
         self.counters.add(TOKENS, len(answer.tokens))
+        self._samples_left[sequence.request] -= 1
+        if not self._samples_left[sequence.request]:
+            del self._samples_left[sequence.request]
+            self.counters.add(FINISHED, 1)
 
     def _admit(self) -> list[int]:
-        """Requests for the places that are free."""
+        """Requests while a place is free. Samples of the last one for which there is none wait in the scheduler."""
         admitted = []
         while len(self.answers) < self.plan.max_seqs and (number := self.queue.take(time.monotonic() - self.origin)) is not None:
-            self.answers[number] = Answer(self.requests[number], self.eos_ids, self.decode, time.monotonic())
+            request = self.requests[number]
+            self._samples_left[number] = request.params.n
+            for sample in range(request.params.n):
+                self.answers[number, sample] = Answer(request, sample, self.eos_ids, self.decode, time.monotonic())
             admitted.append(number)
         return admitted

@@ -16,13 +16,12 @@ from llama_hpc.errors import UsageError
 
 SOURCES = ("prompt", "messages", "token_ids")
 
-# Settings of other engines that change the answer: to ignore them in silence would mislead.
-FOREIGN_SETTINGS = frozenset(
-    {
-        "best_of", "frequency_penalty", "logit_bias", "max_completion_tokens", "max_length", "max_new_tokens", "min_p",
-        "min_tokens", "n_predict", "presence_penalty", "repeat_penalty", "repetition_penalty", "temp", "typical_p",
-    }
-)  # fmt: skip
+# Settings of other engines that change the answer, and what they are called here: to ignore them in silence would mislead.
+FOREIGN_SETTINGS = {
+    "best_of": None, "max_completion_tokens": "max_tokens", "max_length": "max_tokens", "max_new_tokens": "max_tokens",
+    "n_predict": "max_tokens", "num_return_sequences": "n", "repeat_penalty": "repetition_penalty", "temp": "temperature",
+    "typical_p": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,12 +137,14 @@ def _request(index: int, number: int, entry: dict[str, Any], default_params: Sam
             settings[key] = value
         elif key not in ("id", "sampling", "arrival_s", *SOURCES):
             _check_unknown(key)
-    params = default_params.override(settings)
-    if entry.get("sampling") is not None:
-        params = params.override(entry["sampling"])
-        twice = sorted(settings.keys() & entry["sampling"].keys())
-        if twice:
-            raise UsageError(f"{', '.join(twice)} is given at the top level and in sampling: keep one")
+    nested = {} if entry.get("sampling") is None else entry["sampling"]
+    if not isinstance(nested, dict):
+        raise UsageError(f"sampling must be an object of settings, got {shown(nested)}")
+    twice = sorted(settings.keys() & nested.keys())
+    if twice:
+        raise UsageError(f"{', '.join(twice)} is given at the top level and in sampling: keep one")
+    # Together, as settings are checked against each other.
+    params = default_params.override(settings | nested)
     return Request(index, entry.get("id", str(number)), *(entry.get(name) for name in SOURCES), params,
                    entry.get("arrival_s"))
 
@@ -154,11 +155,13 @@ def _is_number(value: Any) -> bool:
 
 def _check_unknown(key: str) -> None:
     plain = key.lower().replace("-", "_")
+    if plain in FOREIGN_SETTINGS:
+        own = FOREIGN_SETTINGS[plain]
+        advice = f"use {own}" if own else f"allowed are {', '.join(SAMPLING_NAMES)}"
+        raise UsageError(f"key {shown(key)} is not a setting here: {advice}")
     near = difflib.get_close_matches(plain, SAMPLING_NAMES, n=1, cutoff=0.8)
     if near:
         raise UsageError(f"key {shown(key)} looks like the setting {near[0]!r}: correct or rename it")
-    if plain in FOREIGN_SETTINGS:
-        raise UsageError(f"key {shown(key)} is not a setting here: allowed are {', '.join(SAMPLING_NAMES)}")
 
 
 def _check_unicode(name: str, text: str) -> None:

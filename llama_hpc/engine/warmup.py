@@ -6,9 +6,8 @@ import numpy as np
 from mpi4py import MPI
 
 from llama_hpc.comm.reduce import TensorReducer
-from llama_hpc.engine.answers import draw
-from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.kernels.cpu import joining
+from llama_hpc.kernels.cpu.sampling import weigh
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.sizes import whole
@@ -45,7 +44,7 @@ def warm_up(weights_format: str, pool: Pool, solo) -> None:
     _ = joining.join_operation.address, joining.meet_operation.address
     ids = np.arange(9, dtype=np.int32)
     model.forward(Batch(9, ids, np.zeros(9, np.int32), ids, np.array([8])))
-    draw(model.logits[0], SamplingParams(temperature=1.0), (0, 0), 0)
+    weigh(model.logits[0], np.empty(model.logits.shape[1], np.int64))
 
 
 def warm_up_quantizing(weights_format: str, threads: int) -> None:

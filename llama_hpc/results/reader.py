@@ -62,6 +62,11 @@ class Results:
         return self._numbers("outputs/offsets")
 
     @cached_property
+    def top_offsets(self) -> np.ndarray:
+        """int64 [n+1]: where the likeliest tokens of each output start in the flat arrays; zeros where there are none."""
+        return self._numbers("outputs/top_offsets") if "outputs/top_offsets" in self.file else np.zeros_like(self.offsets)
+
+    @cached_property
     def provenance(self) -> dict[str, Any]:
         """How the results came about, as given to ``write_results``."""
         with _damage(self.path):
@@ -104,15 +109,22 @@ class Results:
         texts = self._strings("outputs/text", rows)
         reasons = self._strings("outputs/finish_reason", rows)
         setbacks = self._numbers("outputs/setbacks", rows).tolist() if "outputs/setbacks" in self.file else [0] * (stop - start)
+        top_first, top_last = self.top_offsets[start], self.top_offsets[stop]
+        top_tokens, top_logprobs = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        if top_last > top_first:
+            top_tokens = self._numbers("outputs/top_tokens", slice(top_first, top_last))
+            top_logprobs = self._numbers("outputs/top_logprobs", slice(top_first, top_last))
         with _damage(self.path):
             timing = {name: column[rows].tolist() for name, column in self.file["timing"].items()}
         batch = []
         for i in range(stop - start):
             piece = slice(self.offsets[start + i] - first, self.offsets[start + i + 1] - first)
             times = {name: values[i] for name, values in timing.items() if values[i] == values[i]}
-            request = int(self.request[start + i])
+            request, count = int(self.request[start + i]), piece.stop - piece.start
+            top = slice(self.top_offsets[start + i] - top_first, self.top_offsets[start + i + 1] - top_first)
+            shape = count, (top.stop - top.start) // max(1, count)
             batch.append(Output(request, samples[i], tokens[piece], logprobs[piece], texts[i], reasons[i], times,
-                                setbacks[i]))
+                                setbacks[i], top_tokens[top].reshape(shape), top_logprobs[top].reshape(shape)))
         return batch
 
     def _numbers(self, name: str, rows: slice = slice(None)) -> np.ndarray:
@@ -182,10 +194,17 @@ def _check_shapes(results: Results) -> None:
         total = length.pop("tokens")
         # Lengths first: a damaged one may be astronomical, and the column must not be read then.
         consistent = prompts == texts and total == length.pop("logprobs")
-        consistent = consistent and {length.pop("offsets") - 1} == {length[name] for name in _OUTPUT_COLUMNS}
+        bounds = length.pop("offsets")
+        consistent = consistent and {bounds - 1} == {length[name] for name in _OUTPUT_COLUMNS}
+        top = [length.get(name) for name in ("top_tokens", "top_logprobs", "top_offsets")]
+        consistent = consistent and (top == [None] * 3 or (top[0] == top[1] and top[2] == bounds))
     if consistent:
         offsets, request = results.offsets, results.request
         consistent = offsets[0] == 0 and offsets[-1] == total and np.all(offsets[1:] >= offsets[:-1])
         consistent = consistent and np.all((request >= 0) & (request < prompts)) and np.all(request[1:] >= request[:-1])
+    if consistent and top[0] is not None:
+        tops, tokens = np.diff(results.top_offsets), np.diff(offsets)
+        consistent = results.top_offsets[0] == 0 and results.top_offsets[-1] == top[0] and np.all(tops >= 0)
+        consistent = consistent and not np.any(tops % np.maximum(tokens, 1)) and not np.any(tops[tokens == 0])
     if not consistent:
         raise ResultsError(f"{results.path}: the result file is damaged: sizes of its datasets contradict each other")

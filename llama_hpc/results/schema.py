@@ -16,6 +16,10 @@ Root attributes: ``format``, ``version``, ``status`` (``complete`` or ``incomple
 ``outputs/offsets``          int64 [n+1]: output i holds tokens ``offsets[i]:offsets[i+1]``
 ``outputs/tokens``           int32, flat: generated tokens, with the end token or stop string's tokens if produced
 ``outputs/logprobs``         float32, flat: natural logarithm, of the raw logits, of the token chosen; never -0
+``outputs/top_tokens``       int32, flat: the likeliest tokens by raw logits at each token, of equal ones the lowest id first
+``outputs/top_logprobs``     float32, flat: their log-probabilities
+``outputs/top_offsets``      int64 [n+1]: output i holds ``top_offsets[i]:top_offsets[i+1]`` of both, equally many for each of its
+                             tokens; all three only where a request asked for ``logprobs``; not part of the digest
 ``timing/<name>``            float64 [n]: seconds; NaN where an output has no such time
 ``metrics/ranks/<name>``     [ranks]: seconds of each phase of a rank's steps (engine/metrics.py), counts of what it did
 ``metrics/steps/<name>``     flat, by ``rank``: ``start`` and phases in seconds, what every ``metrics/ranks/stride``-th step held
@@ -43,6 +47,7 @@ class Output:
     """One answer: sample number ``sample`` to the prompt in row ``request``.
 
     ``tokens`` int32 [n] and ``logprobs`` float32 [n] belong together; n may be 0. ``timing`` maps names to seconds.
+    ``top_tokens`` int32 [n, k] and ``top_logprobs`` float32 [n, k] are the k likeliest tokens at each token.
     """
 
     request: int
@@ -53,6 +58,8 @@ class Output:
     finish_reason: str
     timing: dict[str, float] = field(default_factory=dict)
     setbacks: int = 0
+    top_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    top_logprobs: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 def storable(text: str) -> str:

@@ -129,6 +129,10 @@ def _check(requests: Sequence[Any], prompt_texts: Sequence[Any], ordered: Sequen
         if len(output.tokens) != len(output.logprobs):
             sizes = f"{len(output.tokens)} tokens and {len(output.logprobs)} logprobs"
             raise ResultsError(f"an output of request {output.request} has {sizes}: they must be as many")
+        shapes = output.top_tokens.shape, output.top_logprobs.shape
+        if shapes[0] != shapes[1] or (output.top_tokens.size and shapes[0][0] != len(output.tokens)):
+            raise ResultsError(f"an output of request {output.request} has {len(output.tokens)} tokens, but top tokens and "
+                               f"log-probabilities of shapes {shapes[0]} and {shapes[1]}: a row for each token is needed")
         last = place
 
 
@@ -175,6 +179,10 @@ def _write_outputs(group: Any, ordered: Sequence[Output]) -> None:
     _strings(group, "finish_reason", [output.finish_reason for output in ordered])
     _ragged(group, "tokens", [canonical_tokens(output.tokens) for output in ordered], "<i4")
     _numbers(group, "logprobs", _flat([canonical_logprobs(output.logprobs) for output in ordered], "<f4"))
+    if any(output.top_tokens.size for output in ordered):
+        tops = [canonical_tokens(output.top_tokens).ravel() for output in ordered]
+        _ragged(group, "top_tokens", tops, "<i4", "top_offsets")
+        _numbers(group, "top_logprobs", _flat([canonical_logprobs(output.top_logprobs).ravel() for output in ordered], "<f4"))
 
 
 def _write_timing(group: Any, ordered: Sequence[Output]) -> None:
@@ -187,12 +195,12 @@ def _flat(pieces: Sequence[np.ndarray], dtype: str) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *pieces])
 
 
-def _ragged(group: Any, name: str, pieces: Sequence[np.ndarray], dtype: str) -> None:
-    """One flat dataset and, beside it, ``offsets`` with the bounds of each piece."""
+def _ragged(group: Any, name: str, pieces: Sequence[np.ndarray], dtype: str, bounds: str = "offsets") -> None:
+    """One flat dataset and, beside it, ``bounds`` with those of each piece."""
     offsets = np.zeros(len(pieces) + 1, dtype="<i8")
     offsets[1:] = np.cumsum([len(piece) for piece in pieces])
     _numbers(group, name, _flat(pieces, dtype))
-    _numbers(group, "offsets", offsets)
+    _numbers(group, bounds, offsets)
 
 
 def _numbers(group: Any, name: str, values: np.ndarray) -> None:

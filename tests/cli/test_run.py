@@ -1,8 +1,9 @@
-"""llama-hpc run on one rank: what the options and the settings of a prompt do, and what the result file holds."""
+"""llama-hpc run: what the options and the settings of a prompt do, and what the result file holds."""
 
 import importlib.util
 import json
 from datetime import datetime
+from math import prod
 
 import h5py
 import numpy as np
@@ -27,11 +28,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answer(mpirun, model, tmp_path_factory):
-    """A function that runs lines of JSON, or a file, on one rank and returns the opened result file."""
+    """A function that runs lines of JSON, or a file, and returns the opened result file."""
     folder = tmp_path_factory.mktemp("runs")
     opened = []
 
-    def run(entries, *options, model=model, max_tokens=12):
+    def run(entries, *options, model=model, max_tokens=12, ranks=1):
         number = len(opened)
         prompts = entries
         if isinstance(entries, list):
@@ -39,7 +40,7 @@ def answer(mpirun, model, tmp_path_factory):
             prompts.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         output = folder / f"{number}.h5"
         arguments = ["run", model, "--prompts", prompts, "--output", output, "--max-tokens", max_tokens, *options]
-        job = mpirun(1, ["-m", "llama_hpc", *arguments])
+        job = mpirun(ranks, ["-m", "llama_hpc", *arguments])
         assert job.returncode == 0, job.stderr
         opened.append(read_results(output))
         return opened[-1]
@@ -181,6 +182,97 @@ def test_the_file_measures_every_step(answer, mixed, tmp_path):
     assert steps["running"][:].max() <= len(MIXED) and (np.diff(steps["start"][:]) > 0).all()
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"compute", "schedule", "decide"} <= names
+
+
+# Every setting, among greedy answers; eleven answers to seven prompts.
+SETTINGS = [{"id": str(i), "token_ids": IDS[i % 3], "ignore_eos": True, **settings} for i, settings in enumerate([
+    {},
+    {"temperature": 1.2, "n": 4, "max_tokens": 7},
+    {"repetition_penalty": 1.4, "frequency_penalty": 0.3, "presence_penalty": 0.2},
+    {"temperature": 0.9, "min_p": 0.05, "logit_bias": {"17": 2.5, "300": -100}},
+    {"stop_token_ids": list(range(0, 515, 2)), "min_tokens": 5},
+    {"logprobs": 4},
+    {"temperature": 1.5, "top_p": 0.9, "n": 2, "logprobs": 2, "repetition_penalty": 1.1, "min_tokens": 2, "max_tokens": 5}])]
+
+
+@pytest.fixture(scope="module")
+def every_setting(answer):
+    return answer(SETTINGS)
+
+
+def outputs_alike(results, others):
+    """Equal digests, and what these do not cover."""
+    assert results.digest == others.digest
+    for output, other in zip(results.outputs(), others.outputs(), strict=True):
+        assert (output.request, output.sample) == (other.request, other.sample)
+        assert output.top_tokens.tolist() == other.top_tokens.tolist()
+        assert output.top_logprobs.tobytes() == other.top_logprobs.tobytes()
+
+
+@pytest.mark.parametrize("layout", [
+    "1x1x1 --max-seqs 1", "1x1x1 --max-seqs 16", "1x1x1 --max-seqs 3 --micro-batches 3", "1x1x2", "1x2x1 --max-seqs 2",
+    "2x1x1 --max-seqs 2", "1x1x1 --kv-memory 50K"])
+def test_no_layout_changes_a_sampled_answer(answer, every_setting, layout):
+    grid, *options = layout.split()
+    outputs_alike(answer(SETTINGS, "--grid", grid, *options, ranks=prod(map(int, grid.split("x")))), every_setting)
+
+
+def test_samples_are_told_apart_and_do_not_depend_on_their_number(answer, every_setting):
+    entry = SETTINGS[1]
+    four, two, one = every_setting.outputs_of(1), *(answer([entry | {"n": n}]).outputs_of(0) for n in (2, 1))
+    assert [output.sample for output in four] == [0, 1, 2, 3]
+    said = [output.tokens.tolist() for output in four]
+    assert len({tuple(tokens) for tokens in said}) == 4 and all(len(tokens) == 7 for tokens in said)
+    assert [output.tokens.tolist() for output in two] == said[:2] and one[0].tokens.tolist() == said[0]
+    assert every_setting.request.tolist() == [0, 1, 1, 1, 1, 2, 3, 4, 5, 6, 6]
+    assert sum(rank["answers"] for rank in every_setting.provenance["rank_table"]) == 11
+
+
+def test_penalties_biases_and_min_tokens_against_the_logits(every_setting, local):
+    """Greedy ones, from the logits of the model itself, in float64."""
+    def check(row, adjusted):
+        ids, chosen = SETTINGS[row]["token_ids"], every_setting.outputs_of(row)[0].tokens.tolist()
+        logits = local.forward(ids + chosen[:-1])[len(ids) - 1 :].astype(np.float64)
+        for index, line in enumerate(logits):
+            assert chosen[index] == int(np.argmax(adjusted(line.copy(), ids, chosen[:index])))
+        return chosen, logits.argmax(axis=1).tolist()
+
+    def penalised(line, prompt, said):
+        for token in {*prompt, *said}:
+            line[token] = line[token] / 1.4 if line[token] > 0 else line[token] * 1.4
+        for token in set(said):
+            line[token] -= 0.3 * said.count(token) + 0.2
+        return line
+
+    def held_back(line, prompt, said):
+        line[::2] = -np.inf if len(said) < 5 else line[::2]
+        return line
+
+    chosen, likeliest = check(2, penalised)
+    assert len(chosen) == 12 and chosen != likeliest
+    chosen, likeliest = check(4, held_back)
+    assert chosen != likeliest and all(token % 2 for token in chosen[:-1]) and len(chosen) > 5
+
+
+def test_the_likeliest_tokens_are_those_of_the_raw_logits(every_setting, local):
+    for output in (*every_setting.outputs_of(5), *every_setting.outputs_of(6)):
+        ids, count = SETTINGS[output.request]["token_ids"], SETTINGS[output.request]["logprobs"]
+        logits = local.forward(ids + output.tokens.tolist()[:-1])[len(ids) - 1 :].astype(np.float64)
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+        assert output.top_tokens.tolist() == order.tolist()
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        assert np.abs(output.top_logprobs - np.take_along_axis(logprobs, order, axis=1)).max() < 1e-5
+    assert all(not output.top_tokens.size for output in every_setting.outputs_of(0))
+
+
+def test_options_are_the_settings_of_all_prompts(answer):
+    settings = {"temperature": 1.1, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 0.25,
+                "n": 2, "min_tokens": 3, "logprobs": 1, "logit_bias": {"5": 1.5, "9": -100.0}}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "logit_bias"]
+    by_options = answer([{"token_ids": ids} for ids in IDS], *options, "--logit-bias", "9=-100", "--logit-bias", "5=1.5")
+    outputs_alike(by_options, answer([{"token_ids": ids, **settings} for ids in IDS]))
+    stored = json.loads(by_options.file["requests/sampling"].asstr()[0])
+    assert {name: stored[name] for name in settings} == settings
 
 
 def test_every_kind_of_prompts_file_gives_the_same(answer, tmp_path):

@@ -126,6 +126,18 @@ def test_json(capsys, result_file):
     assert [(o["id"], o["sample"]) for o in document["outputs"]] == [("q0", 0), ("q1", 0), ("q2", 0), ("q2", 1)]
 
 
+def test_likeliest_tokens(capsys, tmp_path):
+    top = {"top_tokens": np.array([[7, 5], [9, 8]]), "top_logprobs": np.array([[-0.25, -1.5], [-0.5, -np.inf]])}
+    output = Output(0, 0, np.array([7, 8]), np.array([-0.25, -2.0], np.float32), "x", "stop", **top)
+    write_results(tmp_path / "a.h5", [Request(0, "q", "p", None, None, SamplingParams())], ["p"], [output], {})
+    lines = run(capsys, tmp_path / "a.h5", "--tokens").splitlines()
+    assert lines[-3:] == ["  tokens: 7 (-0.2500), 8 (-2.0000)", "  likeliest at token 0: 7 (-0.2500), 5 (-1.5000)",
+                          "  likeliest at token 1: 9 (-0.5000), 8 (-inf)"]
+    assert "at token" not in run(capsys, tmp_path / "a.h5")
+    (entry,) = json.loads(run(capsys, tmp_path / "a.h5", "--json", "--tokens"), parse_constant=pytest.fail)["outputs"]
+    assert entry["top_tokens"] == [[7, 5], [9, 8]] and entry["top_logprobs"] == [[-0.25, -1.5], [-0.5, None]]
+
+
 def test_a_pipe_that_closes_early(result_file):
     process = subprocess.Popen(command(result_file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     process.stdout.close()

@@ -37,11 +37,11 @@ def record(clock, steps, reduce=2.0):
     recorder = Recorder(1.0, reduced)
     for step in range(steps):
         recorder.begin()
-        clock.spend(recorder, metrics.OUTCOME, 3)
-        clock.spend(recorder, metrics.SCHEDULE, 1)
+        clock.spend(recorder, "outcome", 3)
+        clock.spend(recorder, "schedule", 1)
         reduced += int(reduce * 1e6)
-        clock.spend(recorder, metrics.COMPUTE, 10)
-        clock.spend(recorder, metrics.DECIDE, 1)
+        clock.spend(recorder, "compute", 10)
+        clock.spend(recorder, "decide", 1)
         recorder.end((step, 0, 1, 2, 3))
     return recorder.result()
 

@@ -1,5 +1,7 @@
 """From requests to token ids: what the model gets, and what it cannot take is refused before a weight is read."""
 
+from dataclasses import replace
+
 import pytest
 from model_shapes import SHAPES
 
@@ -59,12 +61,21 @@ def test_longest():
     (request(prompt="text"), None, ("'r0'", "no tokenizer", "token_ids")),
     (request(messages=[{"role": "user", "content": "x"}]), None, ("'r0'", "no tokenizer")),
     (request(token_ids=[5], stop="."), None, ("'r0'", "no tokenizer", "stop strings")),
+    (request(token_ids=[5], logit_bias={511: 1, 512: 1}), None, ("'r0'", "logit_bias token id 512", "0 to 511")),
+    (request(token_ids=[5], min_tokens=1, stop_token_ids=range(512)), None, ("'r0'", "min_tokens is 1", "every token")),
 ])
 def test_refusals(given, limit, parts):
     with pytest.raises(UsageError) as caught:
         prepared(given, max_seq_len=limit)
     message = str(caught.value)
     assert all(part in message for part in parts) and "\n" not in message, message
+
+
+def test_more_logprobs_than_tokens():
+    small = replace(CONFIG, vocab_size=7)
+    with pytest.raises(UsageError, match="'r0': logprobs is 8, but the vocabulary has 7 tokens"):
+        prepare([request(token_ids=[5], logprobs=8)], None, small, None)
+    assert prepare([request(token_ids=[5], logprobs=7)], None, small, None)
 
 
 def test_a_context_that_is_just_long_enough():

@@ -21,14 +21,16 @@ class Counters:
         return self.value - value
 
 
-def requests(lengths, limits, arrivals=None):
-    arrivals = arrivals or [None] * len(lengths)
-    return [ReadyRequest(i, str(i), np.zeros(n, np.int32), SamplingParams(), limit, arrival)
+def requests(lengths, limits, arrivals=None, samples=1):
+    arrivals, params = arrivals or [None] * len(lengths), SamplingParams(temperature=1, n=samples)
+    return [ReadyRequest(i, str(i), np.zeros(n, np.int32), params, limit, arrival)
             for i, (n, limit, arrival) in enumerate(zip(lengths, limits, arrivals, strict=True))]
 
 
 def test_long_ones_come_first_and_equals_in_their_order():
     assert by_cost(requests([5, 5, 100, 5], [10, 400, 10, 10])) == [1, 2, 0, 3]
+    # The prompt is computed once for all samples.
+    assert by_cost(requests([100, 0], [10, 30])) == [0, 1] and by_cost(requests([100, 0], [10, 30], samples=2)) == [1, 0]
 
 
 @pytest.mark.parametrize("timed", [False, True])

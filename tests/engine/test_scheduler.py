@@ -16,40 +16,51 @@ from llama_hpc.model.kv_cache import pages_of
 
 class World:
     """Plays the leader and the model: admits requests in turn, samples numbers, ends answers at their length, and keeps what the
-    cache holds, page by page. Checks every step."""
+    cache holds, page by page. Checks every step.
 
-    def __init__(self, prompts, answers, *, max_seqs=4, budget=64, prefill=None, decode=0, depth=1, pages=None, sharing=True):
-        self.prompts, self.answers, self.max_seqs = prompts, answers, max_seqs
+    Each request has as many ``samples`` with answers of one length; everything else is by answer, those of a request in a row.
+    """
+
+    def __init__(self, prompts, answers, *, samples=1, max_seqs=4, budget=64, prefill=None, decode=0, depth=1, pages=None,
+                 sharing=True):
+        self.samples, self.max_seqs = samples, max_seqs
+        self.prompts, self.answers = ([item for item in items for _ in range(samples)] for items in (prompts, answers))
         longest = max(len(p) + n for p, n in zip(prompts, answers, strict=True))
         self.pool = PagePool(pages or max_seqs * pages_of(longest), sharing)
         self.table = np.full((max_seqs, pages_of(longest)), -1, np.int32)
         self.limits = StepLimits(budget, prefill or budget, decode)
         self.scheduler = Scheduler(self.limits, max_seqs, self.pool, self.table, depth, self.sequences)
         self.queue, self.live = deque(range(len(prompts))), set()
-        self.texts = [list(p) for p in prompts]         # tokens known so far
+        self.texts = [list(p) for p in self.prompts]    # tokens known so far
         self.cache = {}                                 # (page, place): all tokens up to there
-        self.ran = [0] * len(prompts)                   # rows run for each request
+        self.ran = [0] * len(self.prompts)              # rows run for each answer
         self.steps = []
 
     def sequences(self, request):
-        return [Sequence(request, 0, np.array(self.prompts[request], np.int32), self.answers[request])]
+        first = request * self.samples
+        return [Sequence(request, sample, np.array(self.prompts[first], np.int32), self.answers[first])
+                for sample in range(self.samples)]
+
+    def answer(self, sequence):
+        return sequence.request * self.samples + sequence.sample
 
     def admit(self):
         admitted = []
         while self.queue and len(self.live) < self.max_seqs:
             admitted.append(self.queue.popleft())
-            self.live.add(admitted[-1])
+            self.live.update(map(self.answer, self.sequences(admitted[-1])))
         return admitted
 
     def outcome(self, chosen=()):
         outcome = Outcome(self.max_seqs)
         for i, sequence in enumerate(chosen):
-            text = self.texts[sequence.request]
-            text.append(1000 * sequence.request + len(text))
+            answer = self.answer(sequence)
+            text = self.texts[answer]
+            text.append(1000 * answer + len(text))
             outcome.token[i] = text[-1]
-            outcome.done[i] = len(text) == len(self.prompts[sequence.request]) + self.answers[sequence.request]
+            outcome.done[i] = len(text) == len(self.prompts[answer]) + self.answers[answer]
             if outcome.done[i]:
-                self.live.remove(sequence.request)
+                self.live.remove(answer)
         outcome.decide(0, False, astuple(self.limits), self.admit())
         return outcome
 
@@ -71,19 +82,19 @@ class World:
         by_slot = {s.slot: s for s in self.scheduler.running}
         rows = [(by_slot[batch.sequences[r]], int(batch.positions[r]), int(batch.tokens[r])) for r in range(batch.rows)]
         for sequence, position, token in rows:
-            text, page = self.texts[sequence.request], self.table[sequence.slot, position // PAGE]
+            text, page = self.texts[self.answer(sequence)], self.table[sequence.slot, position // PAGE]
             assert page == sequence.pages[position // PAGE] and token == text[position]
             self.cache[page, position % PAGE] = text[: position + 1]
-            self.ran[sequence.request] += 1
+            self.ran[self.answer(sequence)] += 1
         # Attention reads behind all writes of the step: every position up to its own must be there.
         for sequence, position, _ in rows:
-            text = self.texts[sequence.request]
+            text = self.texts[self.answer(sequence)]
             for p in range(position + 1):
                 assert self.cache[self.table[sequence.slot, p // PAGE], p % PAGE] == text[: p + 1]
         last = {id(s): (s, p, r) for r, (s, p, _) in enumerate(rows)}
-        complete = [(s, r) for s, p, r in last.values() if p + 1 == len(self.texts[s.request])]
+        complete = [(s, r) for s, p, r in last.values() if p + 1 == len(self.texts[self.answer(s)])]
         assert [(s, int(r)) for s, r in zip(chosen, batch.outputs, strict=True)] == complete
-        self.steps.append([(s.request, p) for s, p, _ in rows])
+        self.steps.append([(self.answer(s), p) for s, p, _ in rows])
         return self.outcome(chosen)
 
 
@@ -125,6 +136,14 @@ def test_equal_beginnings_run_once_even_in_one_step():
     assert alone.ran == [3 * PAGE + 3] * 5
 
 
+def test_samples_share_their_prompt_and_wait_for_places():
+    """More samples than places: all of a request are handed over at once, and no more of them run than there are places."""
+    world = World([list(range(2 * PAGE + 5)), [7]], [4, 3], samples=7, max_seqs=3, budget=200).run()
+    # Rows that run anew for a sample: the part of the prompt that does not fill a page, and its answer but for the last token.
+    assert world.ran == [2 * PAGE + 5 + 3, *[5 + 3] * 6, *[3] * 7]
+    assert max(len({answer for answer, _ in step}) for step in world.steps) == 3
+
+
 def test_the_youngest_gives_way_and_starts_over():
     world = World([[1] * 16, [2] * 16, [3] * 16], [40, 40, 40], max_seqs=3, pages=8, sharing=False).run()
     assert world.scheduler.setbacks > 0
@@ -149,8 +168,9 @@ def test_whatever_the_limits_every_answer_is_complete(seed):
                for _ in range(count)]
     answers = [draw.randint(1, 40) for _ in range(count)]
     least = max(pages_of(len(p) + n) for p, n in zip(prompts, answers, strict=True))
-    max_seqs, budget = draw.randint(1, 6), draw.randint(1, 40)
-    world = World(prompts, answers, max_seqs=max_seqs, budget=budget, prefill=draw.randint(1, budget), depth=draw.randint(1, 5),
-                  decode=draw.choice((0, 0, 1, 2)), pages=least + draw.choice((0, 1, 3, 20)), sharing=draw.random() < 0.7).run()
-    assert [len(t) for t in world.texts] == [len(p) + n for p, n in zip(prompts, answers, strict=True)]
+    max_seqs, budget, samples = draw.randint(1, 6), draw.randint(1, 40), draw.choice((1, 1, 2, 9))
+    world = World(prompts, answers, samples=samples, max_seqs=max_seqs, budget=budget, prefill=draw.randint(1, budget),
+                  depth=draw.randint(1, 5), decode=draw.choice((0, 0, 1, 2)),
+                  pages=least + draw.choice((0, 1, 3, 20)), sharing=draw.random() < 0.7).run(5000 * samples)
+    assert [len(t) for t in world.texts] == [len(p) + n for p, n in zip(world.prompts, world.answers, strict=True)]
     assert world.scheduler.idle and world.pool.used == 0 and world.pool.most_used <= world.pool.count

@@ -12,7 +12,7 @@ from kernel_inputs import assert_same, normal
 from llama_hpc.kernels.cpu.sampling import weigh as cpu_weigh
 from llama_hpc.kernels.numerics import exp, log_probability
 from llama_hpc.kernels.reference import weigh as plain_weigh
-from llama_hpc.kernels.sampling import choose, chosen_logprob, order_keys, philox, request_key
+from llama_hpc.kernels.sampling import adjust, choose, chosen_logprob, largest, philox, request_key
 
 LAST = 2**64 - 1
 WEIGHTS = pytest.mark.parametrize("weigh", [cpu_weigh, plain_weigh], ids=["cpu", "reference"])
@@ -61,39 +61,91 @@ def test_weights(size, spread):
 
 def test_order_is_descending_with_ties_by_id():
     logits = np.array([0.0, -1, 3, -0.0, 3, 1e-45, -1e-45, -3e38, 1e6, -1, 3e38], np.float32)
-    order = (np.sort(order_keys(logits)) & np.uint64(0xFFFFFFFF)).tolist()
-    assert order == sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))
-    logits = np.rint(normal(5000) * 20).astype(np.float32) / 8
-    order = (np.sort(order_keys(logits)) & np.uint64(0xFFFFFFFF)).tolist()
-    assert order == sorted(range(5000), key=lambda i: (-float(logits[i]), i))
+    coarse = np.rint(normal(5000) * 20).astype(np.float32) / 8
+    for values in (logits, coarse, np.append(coarse, np.float32(-np.inf))):
+        order = sorted(range(len(values)), key=lambda i: (-float(values[i]), i))
+        for count in (1, 2, 7, 300, len(values), len(values) + 5):
+            assert largest(values, count).tolist() == order[:count]
 
 
-def plain_choose(logits, temperature, top_k, top_p, random):
+def plain_choose(logits, temperature, top_k, top_p, min_p, random):
     """The same choice one token at a time, in Python's integers."""
     scaled = logits / np.float32(temperature)
     weight = [int(w) for w in np.rint(exp(scaled - scaled.max()) * np.float32(2**32))]
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
     sums = list(accumulate(weight[token] for token in order))
-    kept = next(total for total in sums if total * 2**32 >= round(top_p * 2**32) * sums[-1])
-    return next(token for token, total in zip(order, sums, strict=True) if random * kept >> 64 < total)
+    cut = next(place for place, total in enumerate(sums, 1) if total * 2**32 >= round(top_p * 2**32) * sums[-1])
+    kept = [token for token in order[:cut] if weight[token] * 2**32 >= round(min_p * 2**32) * weight[order[0]]]
+    sums = list(accumulate(weight[token] for token in kept))
+    return next(token for token, total in zip(kept, sums, strict=True) if random * sums[-1] >> 64 < total)
 
 
 @WEIGHTS
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.7])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 7, 40, 100])
 @pytest.mark.parametrize("top_p", [1.0, 0.999999, 0.9, 0.5, 1e-9])
-def test_choice_follows_the_plain_rule(temperature, top_k, top_p, weigh):
+@pytest.mark.parametrize("min_p", [0.0, 1e-6, 0.2, 1.0])
+def test_choice_follows_the_plain_rule(temperature, top_k, top_p, min_p, weigh):
     for seed in range(2):
         logits = np.rint(normal(40, seed) * 8) / np.float32(4)              # with ties
         for random in [0, 1, LAST, *draws(5, seed)]:
-            assert choose(logits, temperature, top_k, top_p, random, weigh) == plain_choose(
-                logits, temperature, top_k, top_p, random)
+            assert choose(logits, temperature, top_k, top_p, min_p, random, weigh) == plain_choose(
+                logits, temperature, top_k, top_p, min_p, random)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0, 30.0])
+def test_choice_in_a_large_vocabulary(spread):
+    """However many tokens have to be put in order: flat logits need nearly all, those with ties and -inf too."""
+    for seed, step in ((0, 0), (1, 0.5)):
+        logits = normal(20000, seed) * np.float32(spread)
+        if step:
+            logits = np.rint(logits / np.float32(step)) * np.float32(step)
+            logits[::7] = -np.inf
+        for top_k, top_p, min_p in [(0, 1.0, 0.0), (0, 0.95, 0.0), (0, 1.0, 0.3), (5000, 0.9, 0.001), (300, 1.0, 0.0)]:
+            for random in [0, 1, LAST, *draws(2, seed)]:
+                token = choose(logits, 1.0, top_k, top_p, min_p, random, cpu_weigh)
+                assert token == plain_choose(logits, 1.0, top_k, top_p, min_p, random)
+                assert logits[token] > -np.inf
+
+
+def test_min_p_keeps_what_is_near_the_best():
+    logits = np.log(np.array([0.1, 0.5, 0.15, 0.25])).astype(np.float32)
+    def reached(**settings):
+        values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+        return {choose(logits, random=random, **values) for random in [0, LAST, *draws(200)]}
+    assert reached(min_p=0.19) == {0, 1, 2, 3} and reached(min_p=0.21) == {1, 2, 3}
+    assert reached(min_p=0.49) == {1, 3} and reached(min_p=0.51) == reached(min_p=1.0) == {1}
+    # Of the best one's weight, not of what top-k has left; after the temperature.
+    assert reached(top_k=2, min_p=0.49) == {1, 3} and reached(temperature=2.0, min_p=0.49) == {1, 2, 3}
+    even = np.zeros(3, np.float32)
+    assert {choose(even, 1.0, 0, 1.0, 1.0, random) for random in [0, LAST, *draws(50)]} == {0, 1, 2}
+
+
+def test_adjusted_logits():
+    """Against float64: each of the float32 operations rounds once. What is not named keeps its bits."""
+    logits, ids = normal(1000, 4) * np.float32(20), np.array([999, 3, 500, 7, 8, 0])
+    logits[8] = 0
+    counts = np.array([0, 1, 2, 0, 5, 1])
+    for repetition, frequency, presence in [(1.3, 0, 0), (0.7, 0, 0), (1.0, 0.37, 0), (1.0, 0, -1.3), (1.15, -0.2, 0.9)]:
+        found = logits.copy()
+        adjust(found, ids, counts, repetition, frequency, presence)
+        for token, count in zip(ids.tolist(), counts.tolist(), strict=True):
+            factor, value = np.float32(repetition), float(logits[token])
+            value = np.float32(value / float(factor) if value > 0 else value * float(factor))
+            product = np.float32(float(np.float32(frequency)) * count)
+            value = np.float32(float(value) - float(product))
+            value = np.float32(float(value) - float(np.float32(presence))) if count else value
+            assert found[token] == value, (token, repetition, frequency, presence)
+            expected = float(logits[token]) * (1 / repetition if logits[token] > 0 else repetition) - frequency * count
+            assert found[token] == pytest.approx(expected - presence * (count > 0), rel=1e-6, abs=1e-6)
+        others = np.setdiff1d(np.arange(1000), ids)
+        assert_same(found[others], logits[others])
 
 
 def test_top_p_keeps_the_shortest_prefix():
     logits = np.log(np.array([0.1, 0.5, 0.15, 0.25])).astype(np.float32)
     def reached(**settings):
-        values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
+        values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
         return {choose(logits, random=random, **values) for random in [0, LAST, *draws(200)]}
     assert reached() == {0, 1, 2, 3}
     assert reached(top_p=0.49) == {1} and reached(top_p=0.51) == {1, 3} and reached(top_p=0.76) == {1, 3, 2}
@@ -103,11 +155,11 @@ def test_top_p_keeps_the_shortest_prefix():
 def test_top_p_at_the_exact_share():
     """Exactly half the weight is enough for 0.5; the largest of weights 2**32 and 3 just misses 1 - 2**-31."""
     even = np.zeros(4, np.float32)
-    assert {choose(even, 1.0, 0, 0.5, random) for random in [0, LAST, *draws(50)]} == {0, 1}
+    assert {choose(even, 1.0, 0, 0.5, 0.0, random) for random in [0, LAST, *draws(50)]} == {0, 1}
     uneven = np.log([1, 3 / 2**32]).astype(np.float32)
     assert weights_of(uneven)[2].tolist() == [2**32, 3]
-    assert choose(uneven, 1.0, 0, 1 - 2.0**-31, LAST) == 1
-    assert choose(uneven, 1.0, 0, 1 - 2.0**-30, LAST) == 0
+    assert choose(uneven, 1.0, 0, 1 - 2.0**-31, 0.0, LAST) == 1
+    assert choose(uneven, 1.0, 0, 1 - 2.0**-30, 0.0, LAST) == 0
 
 
 def chi_square(counts, probabilities):
@@ -119,7 +171,7 @@ def chi_square(counts, probabilities):
                                             ({"temperature": 1.6, "top_k": 5}, 5)])
 def test_distribution(settings, kept):
     """10,000 draws against softmax in float64; 29.6 is exceeded once in 2,000 times with nine degrees of freedom."""
-    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
     logits = normal(10, 8)
     p = np.exp(logits.astype(np.float64) / values["temperature"])
     order = np.argsort(-p)
@@ -143,7 +195,7 @@ def test_low_temperatures_take_the_largest(temperature, weigh):
     with warnings.catch_warnings(), np.errstate(all="raise", under="ignore"):
         warnings.simplefilter("error")
         def reached(logits=EXTREME_LOGITS, top_k=0, top_p=1.0):
-            return {choose(logits, temperature, top_k, top_p, random, weigh) for random in [0, LAST, *draws(50)]}
+            return {choose(logits, temperature, top_k, top_p, 0.0, random, weigh) for random in [0, LAST, *draws(50)]}
         assert reached() == reached(top_k=3) == reached(top_p=0.9) == {3, 6}
         assert reached(top_k=1) == reached(top_p=0.1) == {3}
         assert reached(np.delete(EXTREME_LOGITS, 6)) == {3}
@@ -155,14 +207,14 @@ def test_low_temperatures_take_the_largest(temperature, weigh):
 def test_high_temperatures_draw_evenly_in_the_order_of_the_logits(temperature, weigh):
     with warnings.catch_warnings(), np.errstate(all="raise", under="ignore"):
         warnings.simplefilter("error")
-        counts = np.bincount([choose(EXTREME_LOGITS, temperature, 0, 1.0, random, weigh) for random in draws(2000)])
+        counts = np.bincount([choose(EXTREME_LOGITS, temperature, 0, 1.0, 0.0, random, weigh) for random in draws(2000)])
         assert chi_square(counts, np.full(8, 1 / 8)) < 26.1
-        assert {choose(EXTREME_LOGITS, temperature, 1, 1.0, random, weigh) for random in [0, LAST]} == {3}
-        assert {choose(EXTREME_LOGITS, temperature, 3, 1.0, random, weigh) for random in [0, *draws(50)]} == {3, 6, 4}
+        assert {choose(EXTREME_LOGITS, temperature, 1, 1.0, 0.0, random, weigh) for random in [0, LAST]} == {3}
+        assert {choose(EXTREME_LOGITS, temperature, 3, 1.0, 0.0, random, weigh) for random in [0, *draws(50)]} == {3, 6, 4}
 
 
 def test_temperature_zero_takes_the_first_of_the_largest():
-    assert choose(EXTREME_LOGITS, 0.0, 5, 0.5, LAST) == 3
+    assert choose(EXTREME_LOGITS, 0.0, 5, 0.5, 0.0, LAST) == 3
 
 
 def test_dividing_does_not_change_the_order():
@@ -170,7 +222,7 @@ def test_dividing_does_not_change_the_order():
     logits = np.array([1.9, np.nextafter(np.float32(1.9), np.float32(2))], np.float32)
     temperature = 0.9
     assert logits[0] / np.float32(temperature) == logits[1] / np.float32(temperature)
-    assert choose(logits, temperature, 1, 1.0, 0) == 1
+    assert choose(logits, temperature, 1, 1.0, 0.0, 0) == 1
 
 
 @WEIGHTS

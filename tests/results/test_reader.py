@@ -1,5 +1,7 @@
 """Reading result files: round trips, verification, and files that are damaged or not ours."""
 
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -44,6 +46,48 @@ def test_everything_comes_back(result_file):
         assert last.tokens.tolist() == [0, 1, 2] and last.logprobs.tolist() == [-1, -1, -1]
         assert last.timing == {"decode": 3.0} and last.finish_reason == "stop"
     assert results.ids == ["id0", "id1", "id2", "id3"]
+
+
+@pytest.fixture
+def with_top(tmp_path):
+    """Three outputs, with 2, none and 3 likeliest tokens each."""
+    requests = [Request(row, f"id{row}", "p", None, None, SamplingParams()) for row in range(4)]
+    outputs = []
+    for row, count in ((1, 2), (2, 0), (3, 3)):
+        top = np.arange(row * count, dtype=np.int32).reshape(row, count) + 10 * row
+        outputs.append(replace(output(row, 0), top_tokens=top, top_logprobs=-top.astype(np.float32)))
+    path = tmp_path / "top.h5"
+    write_results(path, requests, ["p"] * 4, outputs, {})
+    return path
+
+
+def test_the_likeliest_tokens_come_back(with_top, result_file):
+    with read_results(with_top) as results:
+        one, none, three = results.outputs()
+        assert one.top_tokens.tolist() == [[10, 11]] and one.top_logprobs.tolist() == [[-10, -11]]
+        assert three.top_tokens.tolist() == [[30, 31, 32], [33, 34, 35], [36, 37, 38]] and none.top_tokens.shape == (2, 0)
+        assert results.outputs_of(3)[0].top_logprobs.tolist() == (-three.top_tokens).tolist()
+        assert results.top_offsets.tolist() == [0, 2, 2, 11]
+        results.verify()
+    with h5py.File(with_top) as file, h5py.File(result_file) as other:
+        assert file["outputs/top_tokens"].dtype == np.int32 and file["outputs/top_logprobs"].dtype == np.float32
+        assert "top_tokens" not in other["outputs"]
+
+
+@pytest.mark.parametrize("name", ["top_tokens", "top_logprobs", "top_offsets"])
+def test_a_part_of_the_likeliest_tokens_is_damaged(with_top, name):
+    with h5py.File(with_top, "r+") as file:
+        file["outputs"][name].resize((3,))
+    fails(with_top, "contradict each other")
+    with h5py.File(with_top, "r+") as file:
+        del file["outputs"][name]
+    fails(with_top, "contradict each other")
+
+
+def test_likeliest_tokens_that_do_not_fit_their_output(with_top):
+    with h5py.File(with_top, "r+") as file:
+        file["outputs/top_offsets"][:] = [0, 2, 3, 11]
+    fails(with_top, "contradict each other")
 
 
 @pytest.mark.parametrize(("name", "value"), [("tokens", 7), ("logprobs", -0.5), ("sample", 5)])

@@ -55,6 +55,14 @@ def test_fixed_names_types_and_input_order(tmp_path):
         assert all(column.chunks and column.compression == "gzip" for column in columns)
 
 
+def test_likeliest_tokens_need_a_row_for_each_token(tmp_path):
+    top = np.zeros((2, 4), np.int32)
+    for tokens, logprobs in ((top, top.astype(np.float32)), (np.zeros((3, 4), np.int32), np.zeros((3, 2), np.float32))):
+        wrong = Output(0, 0, np.arange(3), np.zeros(3, np.float32), "", "stop", top_tokens=tokens, top_logprobs=logprobs)
+        with pytest.raises(ResultsError, match="request 0 has 3 tokens, but top tokens"):
+            write_results(tmp_path / "out.h5", REQUESTS, TEXTS, [wrong], {})
+
+
 def test_three_lines_of_pandas(tmp_path):
     pd = pytest.importorskip("pandas")
     path = tmp_path / "out.h5"
