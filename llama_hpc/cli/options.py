@@ -46,8 +46,14 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
                         help="threads of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores)")
 
 
-def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True) -> None:
-    """The model, its weights format, and the grid."""
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The file to write."""
+    parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True):
+    """The model, its weights format, and the grid; returns the group of the latter two."""
     add_model(parser, needs_model)
     layout = parser.add_argument_group("weights and layout")
     add_weights(layout)
@@ -55,6 +61,11 @@ def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True) -> Non
                         help="replicas x pipeline stages x tensor ranks, or auto (default): as many replicas as memory allows")
     for name, meaning in (("data", "replicas"), ("pipeline", "pipeline stages"), ("tensor", "tensor ranks")):
         layout.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{meaning}, instead of --grid")
+    return layout
+
+
+def add_sizes(layout) -> None:
+    """How many sequences, and how long."""
     layout.add_argument("--max-seqs", type=whole(1), default=64, metavar="N",
                         help="sequences that a replica answers at a time (default: %(default)s)")
     layout.add_argument("--max-seq-len", type=whole(2), metavar="N",

@@ -2,17 +2,17 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_layout, add_threads, grid_shape, memory_size, whole
+from llama_hpc.cli.options import add_layout, add_output, add_sizes, add_threads, memory_size, whole
+from llama_hpc.cli.start import start
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
     parser = subparsers.add_parser("run", help="answer a file of prompts",
                                    description="Answer a file of prompts on a grid of MPI ranks, into one HDF5 file.")
-    add_layout(parser)
+    add_sizes(add_layout(parser))
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
-    parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add_output(parser)
     add_threads(parser)
     parser.add_argument("--hash-weights", action="store_true", help="also store a SHA-256 of the packed bytes of every tensor")
     sampling = parser.add_argument_group("sampling, unless a prompt says otherwise")
@@ -41,23 +41,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Collective over the world, one call a rank. Returns 0; errors are exceptions."""
-    from llama_hpc.runtime.launch import check_world, world
-    comm = world()
-    check_world(comm)
-    from mpi4py import MPI
-
-    from llama_hpc.runtime import log, numba_setup
-    from llama_hpc.runtime.abort import agreed
-    from llama_hpc.runtime.topology import default_threads
-    log.setup(comm.rank)
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
-    with agreed(comm, "reading the command line"):
-        params = sampling_params(args)
-        shape = grid_shape(args, comm.size)
-        threads = default_threads(node.size, args.threads)
-    numba_setup.configure(threads)
-    with agreed(comm, "choosing the kernels"):
-        numba_setup.check_kernels()
+    comm, node, threads, shape, params = start(args, sampling_params)
     from llama_hpc.engine.job import Job
     return Job(args, comm, node, threads, shape, params).run()
 
