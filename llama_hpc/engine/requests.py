@@ -6,7 +6,7 @@ Every field is checked here, before a model is loaded; what needs the tokenizer 
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,7 @@ class Request:
     params: SamplingParams
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str):
-            raise UsageError(f"id must be a string, got {shown(self.id)}")
-        _check_unicode("id", self.id)
-        if "\0" in self.id:
-            raise UsageError(f"id must not hold a NUL character, got {shown(self.id)}")
+        check_id(self.id)
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise UsageError(f"give exactly one of {', '.join(SOURCES)}, got {' and '.join(given) or 'none'}")
@@ -55,7 +51,7 @@ class Request:
         elif self.messages is not None:
             _check_messages(self.messages)
         else:
-            _check_token_list(self.token_ids)
+            check_token_list(self.token_ids)
 
 
 def read_requests(path: str | Path, default_params: SamplingParams) -> list[Request]:
@@ -73,26 +69,35 @@ def read_requests(path: str | Path, default_params: SamplingParams) -> list[Requ
 
     A prompt without an id gets its 0-based line number (HDF5: its row) as a string. Raises UsageError.
     """
-    path = Path(path)
-    readers = {".jsonl": _jsonl_entries, ".json": _jsonl_entries, ".txt": _text_entries}
+    readers = {".jsonl": jsonl_entries, ".json": jsonl_entries, ".txt": _text_entries}
     readers.update({".h5": _hdf5_entries, ".hdf5": _hdf5_entries})
+    return read_entries(path, "prompts", readers, lambda *entry: _request(*entry, default_params))
+
+
+def read_entries(path: str | Path, what: str, readers: dict[str, Callable[[Path], Iterator["Entry"]]],
+                 make: Callable[[int, int, dict[str, Any]], Any]) -> list[Any]:
+    """``make(index, number, fields)`` of every entry of a file of ``what``, things with an ``id`` that no two share.
+
+    ``readers`` by the ending of the file's name. Raises UsageError with the place of the entry that is wrong.
+    """
+    path = Path(path)
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(f"{path}: the name of a prompts file must end in {', '.join(readers)}")
-    requests: list[Request] = []
+        raise UsageError(f"{path}: the name of a {what} file must end in {', '.join(readers)}")
+    made: list[Any] = []
     places: dict[str, str] = {}
     for place, number, entry in reader(path):
         try:
-            request = _request(len(requests), number, entry, default_params)
-            if request.id in places:
-                raise UsageError(f"id {shown(request.id)} is already used by {places[request.id]}")
+            item = make(len(made), number, entry)
+            if item.id in places:
+                raise UsageError(f"id {shown(item.id)} is already used by {places[item.id]}")
         except UsageError as error:
             raise UsageError(f"{path}, {place}: {error}") from None
-        places[request.id] = place
-        requests.append(request)
-    if not requests:
-        raise UsageError(f"{path}: the file holds no prompts")
-    return requests
+        places[item.id] = place
+        made.append(item)
+    if not made:
+        raise UsageError(f"{path}: the file holds no {what}")
+    return made
 
 
 def check_token_ids(request: Request, ids: Sequence[int], vocab_size: int, max_seq_len: int) -> None:
@@ -108,6 +113,11 @@ def check_token_ids(request: Request, ids: Sequence[int], vocab_size: int, max_s
             f"{name}: the prompt has {len(ids)} tokens, but a context of {max_seq_len} holds at most {max_seq_len - 1} "
             "and one token of the answer: shorten the prompt or raise --max-seq-len as far as the model allows"
         )
+    check_vocabulary(name, ids, vocab_size)
+
+
+def check_vocabulary(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raises UsageError for a token id that the model does not have."""
     for position, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise UsageError(
@@ -141,7 +151,17 @@ def _check_unknown(key: str) -> None:
         raise UsageError(f"key {shown(key)} is not a setting here: allowed are {', '.join(SAMPLING_NAMES)}")
 
 
-def _check_unicode(name: str, text: str) -> None:
+def check_id(id: Any) -> None:
+    """Raises UsageError for an id that a result file could not hold."""
+    if not isinstance(id, str):
+        raise UsageError(f"id must be a string, got {shown(id)}")
+    check_unicode("id", id)
+    if "\0" in id:
+        raise UsageError(f"id must not hold a NUL character, got {shown(id)}")
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raises UsageError for a string that is no Unicode text."""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise UsageError(f"{name} holds half of a surrogate pair, which is no Unicode text: {shown(ascii(text))}")
 
@@ -151,7 +171,7 @@ def _check_prompt(prompt: Any) -> None:
         raise UsageError(f"prompt must be a string, got {shown(prompt)}")
     if not prompt:
         raise UsageError("the prompt is empty: give at least one character")
-    _check_unicode("prompt", prompt)
+    check_unicode("prompt", prompt)
 
 
 def _check_messages(messages: Any) -> None:
@@ -164,12 +184,13 @@ def _check_messages(messages: Any) -> None:
             text = message.get(key)
             if not isinstance(text, str):
                 raise UsageError(f"messages[{number}] needs a string {key!r}, got {shown(text)}")
-            _check_unicode(f"messages[{number}]", text)
+            check_unicode(f"messages[{number}]", text)
         if not message["role"]:
             raise UsageError(f"messages[{number}] has an empty role: use system, user or assistant")
 
 
-def _check_token_list(token_ids: Any) -> None:
+def check_token_list(token_ids: Any) -> None:
+    """Raises UsageError for what is no list of token ids."""
     if not isinstance(token_ids, list) or not token_ids:
         raise UsageError(f"token_ids must be a list of at least one token id, got {shown(token_ids)}")
     for position, token in enumerate(token_ids):
@@ -180,23 +201,27 @@ def _check_token_list(token_ids: Any) -> None:
 Entry = tuple[str, int, dict[str, Any]]     # place for messages, 0-based number, fields
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, without their ends; a byte order mark is dropped."""
+def read_text(path: Path) -> str:
+    """A UTF-8 file without its byte order mark. Raises UsageError."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"cannot read the prompts file {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start]
         raise UsageError(f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}): convert the file to UTF-8") from None
+
+
+def _lines(path: Path) -> list[str]:
     # Not splitlines(): characters such as U+2028 are part of a prompt.
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    return [line.removesuffix("\r") for line in read_text(path).split("\n")]
 
 
-def _jsonl_entries(path: Path) -> Iterator[Entry]:
+def jsonl_entries(path: Path) -> Iterator[Entry]:
+    """One JSON object a line; blank lines are skipped."""
     for number, line in enumerate(_lines(path)):
         if not line.strip():
             continue
