@@ -102,7 +102,7 @@ def test_selection(capsys, result_file):
     assert "[q1]" in text and "[q2]" not in text
     text = run(capsys, result_file, "--id", "q2", "--tokens")
     assert "[q0]" not in text and "tokens: 1 (-0.2500)" in text
-    with pytest.raises(UsageError, match="no prompt with the id 'nope'"):
+    with pytest.raises(UsageError, match="nothing with the id 'nope'"):
         show.main(parse(result_file, "--id", "nope"))
     for bad in ("0", "-1", "x", "1.5"):
         with pytest.raises(SystemExit):
