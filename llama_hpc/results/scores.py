@@ -21,7 +21,7 @@ The digest is that of answers (digest.py): each document counts as output 0 of t
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, localcontext
+from decimal import Context, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,8 @@ class Totals:
         """exp(-log_likelihood / scored): in decimals, as an exp of the C library differs from machine to machine."""
         if not self.scored:
             return math.nan
-        with localcontext() as context:
-            context.prec = 40
-            return float((-Decimal(self.log_likelihood) / self.scored).exp())
+        context = Context(prec=40, traps=[])        # what is too large becomes infinite
+        return float(context.exp(context.divide(Decimal(-self.log_likelihood), Decimal(self.scored))))
 
 
 @dataclass(frozen=True)
