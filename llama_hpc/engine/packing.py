@@ -39,9 +39,9 @@ class Packer:
         self._waiting.append(number)
         self.waiting_rows += self.windows[number].rows
 
-    def plan(self) -> tuple[Batch, np.ndarray, list[tuple[int, int]]]:
+    def plan(self) -> tuple[Batch, np.ndarray, list[tuple[int, slice]]]:
         """The next step, perhaps an empty one; int64 tokens, for each of its outputs the one whose log-probability is wanted; and
-        the windows that these belong to, with their numbers of outputs, in this order."""
+        what these are, in this order: numbers of windows, and which of the tokens that they score."""
         row = place = outputs = 0
         parts, finished = [], []
         while self._waiting and row < self.budget and place < MOST_WINDOWS:
@@ -53,14 +53,16 @@ class Packer:
             rows = slice(row, row + stop - start)
             self._tokens[rows], self._place[rows], self._positions[rows] = tokens[start:stop], place, np.arange(start, stop)
             # The row of a token tells about the next one.
-            first = max(start, window.first - window.start - 1)
-            count = max(0, stop - first)
-            if count:
-                self._outputs[outputs : outputs + count] = np.arange(row + first - start, rows.stop)
-                self._targets[outputs : outputs + count] = tokens[first + 1 : stop + 1]
-                parts.append((number, count))
+            scored = window.first - window.start - 1
+            first = max(start, scored)
+            if first < stop:
+                wanted = slice(outputs, outputs + stop - first)
+                self._outputs[wanted] = np.arange(row + first - start, rows.stop)
+                self._targets[wanted] = tokens[first + 1 : stop + 1]
+                parts.append((number, slice(first - scored, stop - scored)))
+                outputs = wanted.stop
             self._hold(place, stop)
-            row, place, outputs = rows.stop, place + 1, outputs + count
+            row, place = rows.stop, place + 1
             self._done = stop
             if stop == window.rows:
                 finished += self._pages

@@ -66,16 +66,16 @@ class ScoreJob(ModelJob):
                                  "ranks in a replica, a smaller --weights format, --window or --token-budget")
 
     def _score(self, stage: TransformerStage, plan: ScorePlan, documents: list[ReadyDocument], windows: list[Window],
-               counters: SharedCounters, tick) -> tuple[dict[int, list[np.float32]], dict[str, int]]:
+               counters: SharedCounters, tick) -> tuple[dict[int, np.ndarray], dict[str, int]]:
         """What this replica found (on its leader, else nothing), and what this rank did."""
-        # Longest first, as in ``queue.by_cost``; of each replica's first step, the windows are dealt.
+        # Longest first, see ``queue.by_cost``; what a replica needs to begin with is dealt.
         order = sorted(range(len(windows)), key=lambda number: -windows[number].rows)
         dealt = max(1, plan.depth * plan.budget // windows[order[0]].rows)
         queue = RequestQueue(order, counters, self.grid.data_index, self.grid.shape.data, dealt)
         scorer = Scorer(self.grid, stage, documents, windows, plan, queue, counters, tick)
         return scorer.run(), scorer.work()
 
-    def _write(self, documents: list[ReadyDocument], windows: list[Window], gathered: list[dict[int, list[np.float32]]]) -> None:
+    def _write(self, documents: list[ReadyDocument], windows: list[Window], gathered: list[dict[int, np.ndarray]]) -> None:
         logprobs = [np.full(len(document.tokens), np.nan, np.float32) for document in documents]
         for found in gathered:
             for number, values in found.items():

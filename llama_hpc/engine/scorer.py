@@ -43,12 +43,12 @@ class Scorer:
         self.channel = StageChannel(grid.pipeline_comm, plan.depth, plan.budget, stage.config.hidden_size)
         self.outcomes = Outcomes(grid.replica, grid.leader_rank, plan.depth, MOST_WINDOWS)
         self.gather = LogitsGather(grid.tensor_comm, stage) if grid.last_stage else None
-        self.logprobs: dict[int, list[np.float32]] = {}
-        self._admitted_rows = 0             # by the leader, while the packer does not know of all of them
+        self.logprobs: dict[int, np.ndarray] = {}
+        self._ahead = 0                     # rows that the leader has admitted and not run
         self._steps = self._tokens = 0
 
-    def run(self) -> dict[int, list[np.float32]]:
-        """Log-probabilities of each window that this replica has scored, by its number, of the tokens that it scores.
+    def run(self) -> dict[int, np.ndarray]:
+        """What this replica has scored: by the number of a window, the log-probabilities float32 of the tokens that it scores.
 
         Raises NumericsError on every rank of the replica at the same step.
         """
@@ -93,6 +93,7 @@ class Scorer:
         if batch.rows:
             self._steps += 1
             self._tokens += batch.rows
+            self._ahead -= batch.rows
             stage.faults.merge(self.channel.receive(stage.residual, batch.rows))
             stage.forward(batch)
             self.channel.send(stage.residual, batch.rows, stage.faults.code)
@@ -107,30 +108,29 @@ class Scorer:
         stage.faults.clear()
         self.tick()
 
-    def _note(self, logits: np.ndarray, parts: list[tuple[int, int]]) -> None:
+    def _note(self, logits: np.ndarray, parts: list[tuple[int, slice]]) -> None:
         """The leader's part of a step: log-probabilities from the logits of the wanted tokens."""
         _, maxima, totals = self.gather.likeliest(len(logits))
         found = [log_probability(*row) for row in zip(logits.tolist(), maxima.tolist(), totals.tolist(), strict=True)]
         self.counters.add(TOKENS, len(found))
-        start = 0
-        for number, count in parts:
-            scores = self.logprobs.setdefault(number, [])
-            scores += found[start : start + count]
+        start, finished = 0, 0
+        for number, place in parts:
+            size = self.windows[number].scored
+            count = place.stop - place.start
+            self.logprobs.setdefault(number, np.zeros(size, np.float32))[place] = found[start : start + count]
             start += count
-            if len(scores) == self.windows[number].scored:
-                self.counters.add(FINISHED, 1)
+            finished += place.stop == size
+        self.counters.add(FINISHED, finished)
 
     def _decide(self, step: int, fault: int) -> None:
         """The leader's part: admits windows for the steps until the next decision is known, or sees that all have run."""
         if not self.outcomes.leads:
             return
         admitted = []
-        ahead = self._admitted_rows - self._tokens
-        while ahead < self.plan.depth * self.plan.budget and len(admitted) < MOST_WINDOWS:
+        while self._ahead < self.plan.depth * self.plan.budget and len(admitted) < MOST_WINDOWS:
             number = self.queue.take()
             if number is None:
                 break
             admitted.append(number)
-            ahead += self.windows[number].rows
-        self._admitted_rows = ahead + self._tokens
-        self.outcomes.of(step).decide(fault, self.queue.exhausted and not ahead, admitted)
+            self._ahead += self.windows[number].rows
+        self.outcomes.of(step).decide(fault, self.queue.exhausted and not self._ahead, admitted)

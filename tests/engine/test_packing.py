@@ -32,10 +32,11 @@ def test_steps(budget, window, stride):
             assert owner.setdefault(pages[position // PAGE], place) == place
             cache[pages[position // PAGE], position % PAGE] = token
             seen.append([cache[pages[p // PAGE], p % PAGE] for p in range(position + 1)])
-        assert len(targets) == len(batch.outputs) == sum(count for _, count in parts)
-        numbers = [number for number, count in parts for _ in range(count)]
+        assert len(targets) == len(batch.outputs) == sum(part.stop - part.start for _, part in parts)
+        numbers = [(number, place) for number, part in parts for place in range(part.start, part.stop)]
         scored += zip(numbers, targets.tolist(), (seen[row] for row in batch.outputs), strict=True)
     assert packer.plan()[0].rows == 0 and pool.used == 0
-    expected = [(number, int(tokens[token]), tokens[w.start : token].tolist()) for number, w in enumerate(windows)
+    expected = [((number, token - w.first), int(tokens[token]), tokens[w.start : token].tolist())
+                for number, w in enumerate(windows)
                 for tokens in [documents[w.document].tokens] for token in range(w.first, w.stop)]
     assert scored == expected
