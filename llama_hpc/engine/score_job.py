@@ -36,8 +36,7 @@ class ScoreJob(ModelJob):
         shape = self.choose_grid(1, 1, pages * PAGE, reserved=logits).shape
         plan = ScorePlan(budget, shape.pipeline, pages)
         self._check_pages(plan)
-        self.announce(f"{len(documents)} documents in {len(windows)} windows of {self.window} tokens at most, one every "
-                      f"{self.stride}")
+        self.announce(f"windows of {self.window} tokens, one every {self.stride}: {len(windows)} for {len(documents)} documents")
         self.compile()
         stage = self.load(sequences=MOST_WINDOWS, max_seq_len=longest, max_rows=budget, max_outputs=budget, pages=pages)
         (found, work), seconds, tokens = self.work(
