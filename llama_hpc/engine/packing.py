@@ -27,7 +27,6 @@ class Packer:
 
     def __init__(self, documents: list[ReadyDocument], windows: list[Window], budget: int, pool: PagePool, table: np.ndarray):
         self.documents, self.windows, self.budget, self.pool, self.table = documents, windows, budget, pool, table
-        self.waiting_rows = 0               # of admitted windows
         self._waiting: deque[int] = deque()
         self._done = 0                      # rows of the first one that have run
         self._pages: list[int] = []         # which it has
@@ -37,7 +36,6 @@ class Packer:
     def admit(self, number: int) -> None:
         """A window, by its number, takes its turn behind the others."""
         self._waiting.append(number)
-        self.waiting_rows += self.windows[number].rows
 
     def plan(self) -> tuple[Batch, np.ndarray, list[tuple[int, slice]]]:
         """The next step, perhaps an empty one; int64 tokens, for each of its outputs the one whose log-probability is wanted; and
@@ -70,7 +68,6 @@ class Packer:
                 self._done, self._pages = 0, []
         # Only now: windows of one step must not share a page.
         self.pool.release(finished)
-        self.waiting_rows -= row
         return Batch(row, self._tokens, self._place, self._positions, self._outputs[:outputs]), self._targets[:outputs], parts
 
     def _hold(self, place: int, rows: int) -> None:

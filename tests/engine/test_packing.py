@@ -22,9 +22,9 @@ def test_steps(budget, window, stride):
     for number in range(len(windows)):
         packer.admit(number)
     cache, scored = {}, []          # what lies where, as (window's beginning, tokens so far)
-    while packer.waiting_rows:
-        batch, targets, parts = packer.plan()
-        assert 0 < batch.rows <= budget and batch.sequences[: batch.rows].max() < MOST_WINDOWS
+    while (step := packer.plan())[0].rows:
+        batch, targets, parts = step
+        assert batch.rows <= budget and batch.sequences[: batch.rows].max() < MOST_WINDOWS
         seen, owner = [], {}
         for token, place, position in zip(*(a[: batch.rows].tolist() for a in (batch.tokens, batch.sequences, batch.positions)),
                                           strict=True):
@@ -35,7 +35,7 @@ def test_steps(budget, window, stride):
         assert len(targets) == len(batch.outputs) == sum(part.stop - part.start for _, part in parts)
         numbers = [(number, place) for number, part in parts for place in range(part.start, part.stop)]
         scored += zip(numbers, targets.tolist(), (seen[row] for row in batch.outputs), strict=True)
-    assert packer.plan()[0].rows == 0 and pool.used == 0
+    assert pool.used == 0
     expected = [((number, token - w.first), int(tokens[token]), tokens[w.start : token].tolist())
                 for number, w in enumerate(windows)
                 for tokens in [documents[w.document].tokens] for token in range(w.first, w.stop)]
