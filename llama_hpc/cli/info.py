@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_layout, grid_shape
+from llama_hpc.cli.options import add_layout, add_sizes, grid_shape
 
 USUAL_LENGTH = 2048             # tokens of a sequence for which cache is shown, unless --max-seq-len says another number
 
@@ -14,7 +14,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         description="A model's shapes, and what each rank of a grid would hold; reads no weights. Alone, it shows any grid; "
                     "under mpirun or srun, the job's ranks with their hosts and cores. Then, or without MODEL only, this node: "
                     "its cores and caches, the threads of a rank, and how to start ranks so that they fit.")
-    add_layout(parser, needs_model=False)
+    add_sizes(add_layout(parser, needs_model=False))
     return parser
 
 

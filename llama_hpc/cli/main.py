@@ -11,7 +11,7 @@ import llama_hpc
 from llama_hpc.runtime.abort import guarded
 from llama_hpc.runtime.launch import is_first, let_first_speak
 
-COMMANDS = ("run", "quantize", "info", "show", "bench", "warmup")
+COMMANDS = ("run", "score", "quantize", "info", "show", "bench", "warmup")
 
 
 class Parser(argparse.ArgumentParser):

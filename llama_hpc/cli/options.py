@@ -5,6 +5,8 @@ import re
 
 FORMATS = ("q3_5", "q4", "q8", "f16", "f32")      # of weights
 
+REDUCE = ("auto", "mpi", "shared", "one-sided")
+
 
 def whole(lowest: int, highest: int | None = None):
     """An argparse type: a whole number within bounds."""
@@ -61,8 +63,14 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
                         help="threads of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores)")
 
 
-def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True) -> None:
-    """The model, its weights format, and the grid."""
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The file to write."""
+    parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True):
+    """The model, its weights format, and the grid; returns the group of the latter two."""
     add_model(parser, needs_model)
     layout = parser.add_argument_group("weights and layout")
     add_weights(layout)
@@ -70,10 +78,22 @@ def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True) -> Non
                         help="replicas x pipeline stages x tensor ranks, or auto (default): as many replicas as memory allows")
     for name, meaning in (("data", "replicas"), ("pipeline", "pipeline stages"), ("tensor", "tensor ranks")):
         layout.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{meaning}, instead of --grid")
+    return layout
+
+
+def add_sizes(layout) -> None:
+    """How many sequences, and how long."""
     layout.add_argument("--max-seqs", type=whole(1), default=64, metavar="N",
                         help="sequences that a replica answers at a time (default: %(default)s)")
     layout.add_argument("--max-seq-len", type=whole(2), metavar="N",
                         help="limit of prompt and answer together, in tokens (default: the model's context; info: at most 2048)")
+
+
+def add_reduce(layout) -> None:
+    """How tensor ranks add up."""
+    layout.add_argument("--reduce", choices=REDUCE, default="auto",
+                        help="how tensor ranks add up: by MPI, in memory that ranks of a node share, or by one-sided puts "
+                             "(default: shared memory inside of a node, MPI between nodes)")
 
 
 def grid_shape(args: argparse.Namespace, ranks: int | None):

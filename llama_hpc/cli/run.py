@@ -2,19 +2,19 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_layout, add_threads, grid_shape, memory_size, whole
-
-REDUCE = ("auto", "mpi", "shared", "one-sided")
+from llama_hpc.cli.options import add_layout, add_output, add_reduce, add_sizes, add_threads, memory_size, whole
+from llama_hpc.cli.start import start
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
     parser = subparsers.add_parser("run", help="answer a file of prompts",
                                    description="Answer a file of prompts on a grid of MPI ranks, into one HDF5 file.")
-    add_layout(parser)
+    layout = add_layout(parser)
+    add_sizes(layout)
+    add_reduce(layout)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
-    parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add_output(parser)
     parser.add_argument("--trace", metavar="FILE", help="write a timeline for chrome://tracing or ui.perfetto.dev (JSON)")
     add_threads(parser)
     parser.add_argument("--hash-weights", action="store_true", help="also store a SHA-256 of the packed bytes of every tensor")
@@ -53,9 +53,6 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                           help="compute equal beginnings of prompts for each prompt anew")
     batching.add_argument("--adapt", action="store_true",
                           help="let token budget and prefill micro-batch follow the waiting of stages and the targets of --slo")
-    batching.add_argument("--reduce", choices=REDUCE, default="auto",
-                          help="how tensor ranks add up: by MPI, in memory that ranks of a node share, or by one-sided puts "
-                               "(default: shared memory inside of a node, MPI between nodes)")
     parser.add_argument("--slo", metavar="TARGETS",
                         help="targets for prompts with arrival_s, such as ttft.p99=1.5,tpot.p50=0.05,rps=8; metrics are queue, "
                              "prefill, ttft, tpot, e2e")
@@ -64,27 +61,15 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Collective over the world, one call a rank. Returns 0; errors are exceptions."""
-    from llama_hpc.runtime.launch import check_world, world
-    comm = world()
-    check_world(comm)
-    from mpi4py import MPI
-
-    from llama_hpc.engine.latency import parse_targets
-    from llama_hpc.runtime import log, numba_setup
-    from llama_hpc.runtime.abort import agreed
-    from llama_hpc.runtime.topology import default_threads
-    log.setup(comm.rank)
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
-    with agreed(comm, "reading the command line"):
-        params = sampling_params(args)
-        shape = grid_shape(args, comm.size)
-        threads = default_threads(node.size, args.threads)
-        targets = parse_targets(args.slo) if args.slo is not None else []
-    numba_setup.configure(threads)
-    with agreed(comm, "choosing the kernels"):
-        numba_setup.check_kernels()
+    comm, node, threads, shape, (params, targets) = start(args, _read)
     from llama_hpc.engine.job import Job
     return Job(args, comm, node, threads, shape, params, targets).run()
+
+
+def _read(args: argparse.Namespace) -> tuple:
+    """(sampling settings of all prompts, targets for latencies)."""
+    from llama_hpc.engine.latency import parse_targets
+    return sampling_params(args), parse_targets(args.slo) if args.slo is not None else []
 
 
 def sampling_params(args: argparse.Namespace):

@@ -1,4 +1,4 @@
-"""``llama-hpc show``: a readable view of a result file."""
+"""``llama-hpc show``: a readable view of a result file or a file of scores."""
 
 import argparse
 import math
@@ -14,9 +14,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command and its options to the program's parser."""
     parser = subparsers.add_parser("show", help="a readable view of a result file",
                                    description="A readable view of a result file.")
-    parser.add_argument("results", metavar="RESULTS", help="HDF5 file written by llama-hpc run")
-    parser.add_argument("--id", metavar="ID", help="only the prompt with this id")
-    parser.add_argument("--limit", metavar="N", type=_count, help="only the first N prompts")
+    parser.add_argument("results", metavar="RESULTS", help="HDF5 file written by llama-hpc run or score")
+    parser.add_argument("--id", metavar="ID", help="only the prompt or document with this id")
+    parser.add_argument("--limit", metavar="N", type=_count, help="only the first N prompts or documents")
     parser.add_argument("--tokens", action="store_true", help="also show token ids and log-probabilities")
     parser.add_argument("--verify", action="store_true", help="compute the digest again and compare")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -28,17 +28,21 @@ def main(args: argparse.Namespace) -> int:
 
     Raises ResultsError for a file that cannot be read or fails --verify, UsageError for an unknown id.
     """
-    from llama_hpc.results import read_results
+    from llama_hpc.results import Scores, read_output
 
     # A terminal with a narrow encoding shows escapes instead of failing.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    with read_results(args.results) as results:
+    with read_output(args.results) as results:
         rows = _rows(results, args)
         if args.verify:
             results.verify()
+        as_json, as_text = print_json, print_text
+        if isinstance(results, Scores):
+            from llama_hpc.cli import show_scores
+            as_json, as_text = show_scores.print_json, show_scores.print_text
         try:
-            (_print_json if args.json else _print_text)(results, rows, args)
+            (as_json if args.json else as_text)(results, rows, args)
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader (head, less) has seen enough; what Python flushes at exit must go nowhere.
@@ -53,17 +57,23 @@ def _count(text: str) -> int:
 
 
 def _rows(results: Any, args: argparse.Namespace) -> range:
-    """The rows of the requests to show."""
+    """The rows of the requests, or documents, to show."""
     if args.id is not None:
         if args.id not in results.ids:
-            raise UsageError(f"{results.path} has no prompt with the id {args.id!r}: it has {len(results.ids)} prompts")
+            raise UsageError(f"{results.path} has nothing with the id {args.id!r}: it has {len(results.ids)} ids")
         row = results.ids.index(args.id)
         return range(row, row + 1)
     return range(len(results.ids) if args.limit is None else min(args.limit, len(results.ids)))
 
 
 def summary(results: Any) -> dict[str, Any]:
-    """The header: what was run, where and how fast. Values are None where the provenance does not say.
+    """The header of a result file: what was run, where and how fast."""
+    counts = {"prompts": len(results.ids), "answers": results.num_outputs, "tokens": results.num_tokens}
+    return origin(results, counts["tokens"]) | counts
+
+
+def origin(results: Any, tokens: int) -> dict[str, Any]:
+    """Where ``tokens`` come from, and how fast. Values are None where the provenance does not say.
 
     Uses the provenance entries ``model`` (a string, or a dictionary with ``path``), ``weights``, ``grid`` (a string, or
     a dictionary with ``data``, ``pipeline``, ``tensor``), ``ranks``, ``start_time``, and ``wall_seconds`` or else the
@@ -84,11 +94,8 @@ def summary(results: Any) -> dict[str, Any]:
         "grid": grid,
         "ranks": facts.get("ranks"),
         "start_time": facts.get("start_time"),
-        "prompts": len(results.ids),
-        "answers": results.num_outputs,
-        "tokens": results.num_tokens,
         "wall_seconds": seconds,
-        "tokens_per_second": results.num_tokens / seconds if seconds else None,
+        "tokens_per_second": tokens / seconds if seconds else None,
         "digest": results.digest,
     }
 
@@ -102,7 +109,8 @@ def _seconds(start: Any, end: Any) -> float | None:
         return None
 
 
-def _print_json(results: Any, rows: range, args: argparse.Namespace) -> None:
+def print_json(results: Any, rows: range, args: argparse.Namespace) -> None:
+    """All as one JSON document."""
     import json
 
     entries = []
@@ -113,29 +121,34 @@ def _print_json(results: Any, rows: range, args: argparse.Namespace) -> None:
             entry.update(num_tokens=len(output.tokens), timing=output.timing)
             if args.tokens:
                 entry["tokens"] = output.tokens.tolist()
-                entry["logprobs"] = _finite(output.logprobs)
+                entry["logprobs"] = finite(output.logprobs.tolist())
                 if output.top_tokens.size:
                     entry["top_tokens"] = output.top_tokens.tolist()
-                    entry["top_logprobs"] = [_finite(row) for row in output.top_logprobs]
+                    entry["top_logprobs"] = [finite(row) for row in output.top_logprobs.tolist()]
             entries.append(entry)
     document = {**summary(results), "verified": args.verify, "provenance": results.provenance, "outputs": entries}
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def _finite(logprobs: Any) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in logprobs.tolist()]
+def finite(values: list[float]) -> list[float | None]:
+    """None for what JSON has no number for."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
-def _print_text(results: Any, rows: range, args: argparse.Namespace) -> None:
+def terminal_width() -> int | None:
+    """Columns; None for piped output, which is not wrapped, so that grep sees whole lines."""
     import shutil
 
-    # Piped output is not wrapped, so that grep sees whole lines.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for line in _header(results, args.verify):
-        _print_wrapped(line, width, " " * 12)
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def print_text(results: Any, rows: range, args: argparse.Namespace) -> None:
+    """Header, prompts and answers."""
+    width, facts = terminal_width(), summary(results)
+    print_header(results, facts, ", ".join(counted(facts[name], name) for name in ("prompts", "answers", "tokens")), args, width)
     for row in rows:
         print()
-        _print_wrapped(f"[{results.ids[row]}]", width)
+        print_wrapped(f"[{results.ids[row]}]", width)
         _print_block("prompt", results.prompts[row], width)
         outputs = results.outputs_of(row)
         if not outputs:
@@ -144,10 +157,9 @@ def _print_text(results: Any, rows: range, args: argparse.Namespace) -> None:
             _print_output(output, len(outputs), width, args.tokens)
 
 
-def _header(results: Any, verified: bool) -> list[str]:
-    facts = summary(results)
+def print_header(results: Any, facts: dict[str, Any], counts: str, args: argparse.Namespace, width: int | None) -> None:
+    """What the file holds, and where it comes from."""
     ranks = f" ({facts['ranks']} ranks)" if facts["ranks"] else ""
-    counts = ", ".join(_counted(facts[name], name) for name in ("prompts", "answers", "tokens"))
     lines = [f"{results.path}: {facts['status']}, {counts}"]
     lines += [f"{name:<12}{facts[name]}" for name in ("model", "weights") if facts[name] is not None]
     if facts["grid"] is not None:
@@ -156,22 +168,25 @@ def _header(results: Any, verified: bool) -> list[str]:
         lines.append(f"{'started':<12}{facts['start_time']}")
     if facts["wall_seconds"]:
         lines.append(f"{'wall time':<12}{facts['wall_seconds']:.2f} s, {facts['tokens_per_second']:.1f} tokens/s")
-    return [*lines, f"{'digest':<12}{facts['digest']}{' (verified)' if verified else ''}"]
+    lines.append(f"{'digest':<12}{facts['digest']}{' (verified)' if args.verify else ''}")
+    for line in lines:
+        print_wrapped(line, width, " " * 12)
 
 
-def _counted(number: int, plural: str) -> str:
+def counted(number: int, plural: str) -> str:
+    """``1 token``, ``2 tokens``."""
     return f"{number} {plural.removesuffix('s') if number == 1 else plural}"
 
 
 def _print_output(output: Any, count: int, width: int | None, tokens: bool) -> None:
     _print_block("answer" if count == 1 else f"answer {output.sample}", output.text, width)
     times = [f"{name} {value:.3g} s" for name, value in output.timing.items()]
-    facts = [_counted(len(output.tokens), "tokens"), f"finish: {output.finish_reason}", *times]
-    _print_wrapped("  " + ", ".join(facts), width, "    ")
+    facts = [counted(len(output.tokens), "tokens"), f"finish: {output.finish_reason}", *times]
+    print_wrapped("  " + ", ".join(facts), width, "    ")
     if tokens and len(output.tokens):
-        _print_wrapped("  tokens: " + _pairs(output.tokens, output.logprobs), width, "    ")
+        print_wrapped("  tokens: " + _pairs(output.tokens, output.logprobs), width, "    ")
         for place, top in enumerate(zip(output.top_tokens, output.top_logprobs, strict=True) if output.top_tokens.size else ()):
-            _print_wrapped(f"  likeliest at token {place}: " + _pairs(*top), width, "    ")
+            print_wrapped(f"  likeliest at token {place}: " + _pairs(*top), width, "    ")
 
 
 def _pairs(tokens: Any, logprobs: Any) -> str:
@@ -182,14 +197,15 @@ def _print_block(label: str, text: str, width: int | None) -> None:
     """A label, then the text: on the same line where it is a single one, else indented below."""
     lines = text.strip("\n").split("\n")
     if len(lines) == 1:
-        _print_wrapped(f"  {label}: {lines[0]}", width, "    ")
+        print_wrapped(f"  {label}: {lines[0]}", width, "    ")
         return
     print(f"  {label}:")
     for line in lines:
-        _print_wrapped(f"    {line}", width, "    ")
+        print_wrapped(f"    {line}", width, "    ")
 
 
-def _print_wrapped(line: str, width: int | None, indent: str = "") -> None:
+def print_wrapped(line: str, width: int | None, indent: str = "") -> None:
+    """A line, wrapped at ``width`` (None: not)."""
     import textwrap
 
     # What a model wrote must not move the cursor or recolour the terminal.

@@ -66,7 +66,8 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
     least, shape = min(needs, key=lambda tried: tried[0])
     raise UsageError(
         f"the model and its cache need {least / 2**30:.1f} GiB on a rank even on grid {shape}, but a rank may use "
-        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --max-seqs or --max-seq-len")
+        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --max-seqs or "
+        f"--max-seq-len (score: --token-budget or --window)")
 
 
 def cache_pages(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare, memory: int,

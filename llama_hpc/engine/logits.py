@@ -49,3 +49,12 @@ class LogitsGather:
                 self._whole[:count, held.start : held.stop] = self._parts[start : start + size].reshape(count, len(held))
                 start += size
         return self._whole[:count]
+
+    def chosen(self, tokens: np.ndarray) -> np.ndarray:
+        """The logits float32 [n] of ``tokens`` int64 [n], of the step's first n outputs, on every rank. Collective."""
+        stage, held = self.stage, self.stage.share.vocabulary
+        own = np.flatnonzero((tokens >= held.start) & (tokens < held.stop))
+        logits = np.zeros(len(tokens), np.float32)
+        logits[own] = stage.logits[own, tokens[own] - held.start]
+        stage.reducer.sum_disjoint(logits)
+        return logits

@@ -16,38 +16,44 @@ def by_cost(requests: list[ReadyRequest]) -> list[int]:
     return sorted(range(len(requests)), key=lambda number: -cost(number))
 
 
-class RequestQueue:
-    """The requests of one of ``replicas``, for its leader.
+def in_order(requests: list[ReadyRequest]) -> tuple[list[int], list[float] | None]:
+    """(numbers of the requests as they are to be taken, arrival times in that order): as they arrive, or else by their cost."""
+    if requests[0].arrival is None:
+        return by_cost(requests), None
+    return list(range(len(requests))), [request.arrival for request in requests]
 
-    Requests without arrival times come in the order of ``by_cost``: the first ``at_once`` that each replica can take are dealt in
-    turn, so that one that asks early does not get all long ones; the rest is drawn from the shared counter. Requests that arrive
-    over time are all drawn, in their order, each by a replica that has a place for it.
+
+class RequestQueue:
+    """What one of ``replicas`` is to do, for its leader: numbers, in the order given.
+
+    The first ``at_once`` that each replica can take are dealt in turn, so that one that asks early does not get all long ones;
+    the rest is drawn from the shared counter. With ``arrivals``, in seconds after the start, everything is drawn, each by a
+    replica that has a place for it.
     """
 
-    def __init__(self, requests: list[ReadyRequest], counters: SharedCounters, replica: int, replicas: int, at_once: int):
-        self._requests, self._counters = requests, counters
-        timed = requests[0].arrival is not None
-        self._order = list(range(len(requests))) if timed else by_cost(requests)
-        self._behind = 0 if timed else min(len(requests), replicas * at_once)
-        self._drawn = self._order[replica : self._behind : replicas][::-1]      # in reverse: still to be taken
-        self._dry = False               # whether the counter has passed the last one
+    def __init__(self, order: list[int], arrivals: list[float] | None, counters: SharedCounters, replica: int, replicas: int,
+                 at_once: int):
+        self._order, self._arrivals, self._counters = order, arrivals, counters
+        self._behind = 0 if arrivals else min(len(order), replicas * at_once)
+        self._places = list(range(len(order)))[replica : self._behind : replicas][::-1]     # in reverse: still to be taken
+        self._dry = not order           # whether the counter has passed the last one
 
     @property
     def exhausted(self) -> bool:
         """Whether there will never be another one."""
-        return self._dry and not self._drawn
-
-    def take(self, now: float) -> int | None:
-        """The next request that has arrived at ``now``, seconds after the start; None when there is none."""
-        if not self._drawn and not self._dry:
-            place = self._behind + self._counters.add(NEXT, 1)
-            self._dry = place >= len(self._order)
-            self._drawn = self._order[place : place + 1]
-        if self._drawn and (self._requests[self._drawn[-1]].arrival or 0.0) <= now:
-            return self._drawn.pop()
-        return None
+        return self._dry and not self._places
 
     @property
     def next_arrival(self) -> float | None:
-        """When the request that was drawn ahead arrives."""
-        return self._requests[self._drawn[-1]].arrival if self._drawn else None
+        """When what was drawn ahead arrives."""
+        return self._arrivals[self._places[-1]] if self._arrivals and self._places else None
+
+    def take(self, now: float = 0.0) -> int | None:
+        """The next number, of what has arrived at ``now``; None when there is none."""
+        if not self._places and not self._dry:
+            place = self._behind + self._counters.add(NEXT, 1)
+            self._dry = place >= len(self._order)
+            self._places = [] if self._dry else [place]
+        if self._places and (self.next_arrival or 0.0) <= now:
+            return self._order[self._places.pop()]
+        return None

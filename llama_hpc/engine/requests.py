@@ -6,8 +6,9 @@ Every field is checked here, before a model is loaded; what needs the tokenizer 
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,7 @@ class Request:
     arrival_s: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str):
-            raise UsageError(f"id must be a string, got {shown(self.id)}")
-        _check_unicode("id", self.id)
-        if "\0" in self.id:
-            raise UsageError(f"id must not hold a NUL character, got {shown(self.id)}")
+        check_id(self.id)
         if self.arrival_s is not None and not (_is_number(self.arrival_s) and 0 <= self.arrival_s < float("inf")):
             raise UsageError(f"arrival_s must be a number of seconds, 0 or more, got {shown(self.arrival_s)}")
         given = [name for name in SOURCES if getattr(self, name) is not None]
@@ -58,7 +55,7 @@ class Request:
         elif self.messages is not None:
             _check_messages(self.messages)
         else:
-            _check_token_list(self.token_ids)
+            check_token_list(self.token_ids)
 
 
 def read_requests(path: str | Path, default_params: SamplingParams) -> list[Request]:
@@ -66,8 +63,8 @@ def read_requests(path: str | Path, default_params: SamplingParams) -> list[Requ
 
     ``.jsonl`` and ``.json``: one JSON object a line with exactly one of ``prompt``, ``messages``, ``token_ids``, and
     optionally ``id``, ``arrival_s`` (of all prompts, ascending) and sampling settings (at the top level or in an object
-    ``sampling``) that replace those of
-    ``default_params``. Blank lines are skipped; other keys are ignored unless they look like a misspelt setting.
+    ``sampling``) that replace those of ``default_params``. Blank lines are skipped; other keys are ignored unless they look
+    like a misspelt setting.
 
     ``.txt``: one prompt a line.
 
@@ -77,35 +74,46 @@ def read_requests(path: str | Path, default_params: SamplingParams) -> list[Requ
 
     A prompt without an id gets its 0-based line number (HDF5: its row) as a string. Raises UsageError.
     """
-    path = Path(path)
-    readers = {".jsonl": _jsonl_entries, ".json": _jsonl_entries, ".txt": _text_entries}
+    readers = {".jsonl": jsonl_entries, ".json": jsonl_entries, ".txt": _text_entries}
     readers.update({".h5": _hdf5_entries, ".hdf5": _hdf5_entries})
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UsageError(f"{path}: the name of a prompts file must end in {', '.join(readers)}")
-    requests: list[Request] = []
-    places: dict[str, str] = {}
-    for place, number, entry in reader(path):
-        try:
-            request = _request(len(requests), number, entry, default_params)
-            if request.id in places:
-                raise UsageError(f"id {shown(request.id)} is already used by {places[request.id]}")
-        except UsageError as error:
-            raise UsageError(f"{path}, {place}: {error}") from None
-        places[request.id] = place
-        requests.append(request)
-        _check_arrival(path, place, requests[max(0, len(requests) - 2)], request)
-    if not requests:
-        raise UsageError(f"{path}: the file holds no prompts")
+    requests = read_entries(path, "prompts", readers, lambda *entry: _request(*entry, default_params))
+    for before, request in pairwise(requests):
+        _check_arrival(path, before, request)
     return requests
 
 
-def _check_arrival(path: Path, place: str, before: Request, request: Request) -> None:
+def read_entries(path: str | Path, what: str, readers: dict[str, Callable[[Path], Iterator["Entry"]]],
+                 make: Callable[[int, int, dict[str, Any]], Any]) -> list[Any]:
+    """``make(index, number, fields)`` of every entry of a file of ``what``, things with an ``id`` that no two share.
+
+    ``readers`` by the ending of the file's name. Raises UsageError with the place of the entry that is wrong.
+    """
+    path = Path(path)
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(f"{path}: the name of a {what} file must end in {', '.join(readers)}")
+    made: list[Any] = []
+    places: dict[str, str] = {}
+    for place, number, entry in reader(path):
+        try:
+            item = make(len(made), number, entry)
+            if item.id in places:
+                raise UsageError(f"id {shown(item.id)} is already used by {places[item.id]}")
+        except UsageError as error:
+            raise UsageError(f"{path}, {place}: {error}") from None
+        places[item.id] = place
+        made.append(item)
+    if not made:
+        raise UsageError(f"{path}: the file holds no {what}")
+    return made
+
+
+def _check_arrival(path: str | Path, before: Request, request: Request) -> None:
     """Raises UsageError for a request that arrives before the one above it, or without a time where that has one."""
     if (before.arrival_s is None) != (request.arrival_s is None):
-        raise UsageError(f"{path}, {place}: arrival_s is given for some prompts only: give it for all or for none")
+        raise UsageError(f"{path}, id {shown(request.id)}: arrival_s is given for some prompts only: give it for all or for none")
     if request.arrival_s is not None and request.arrival_s < before.arrival_s:
-        raise UsageError(f"{path}, {place}: arrival_s {request.arrival_s:g} is before that of the prompt above, "
+        raise UsageError(f"{path}, id {shown(request.id)}: arrival_s {request.arrival_s:g} is before that of the prompt above, "
                          f"{before.arrival_s:g}: sort the prompts by their time")
 
 
@@ -122,6 +130,11 @@ def check_token_ids(request: Request, ids: Sequence[int], vocab_size: int, max_s
             f"{name}: the prompt has {len(ids)} tokens, but a context of {max_seq_len} holds at most {max_seq_len - 1} "
             "and one token of the answer: shorten the prompt or raise --max-seq-len as far as the model allows"
         )
+    check_vocabulary(name, ids, vocab_size)
+
+
+def check_vocabulary(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raises UsageError for a token id that the model does not have."""
     for position, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise UsageError(
@@ -164,7 +177,17 @@ def _check_unknown(key: str) -> None:
         raise UsageError(f"key {shown(key)} looks like the setting {near[0]!r}: correct or rename it")
 
 
-def _check_unicode(name: str, text: str) -> None:
+def check_id(id: Any) -> None:
+    """Raises UsageError for an id that a result file could not hold."""
+    if not isinstance(id, str):
+        raise UsageError(f"id must be a string, got {shown(id)}")
+    check_unicode("id", id)
+    if "\0" in id:
+        raise UsageError(f"id must not hold a NUL character, got {shown(id)}")
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raises UsageError for a string that is no Unicode text."""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise UsageError(f"{name} holds half of a surrogate pair, which is no Unicode text: {shown(ascii(text))}")
 
@@ -174,7 +197,7 @@ def _check_prompt(prompt: Any) -> None:
         raise UsageError(f"prompt must be a string, got {shown(prompt)}")
     if not prompt:
         raise UsageError("the prompt is empty: give at least one character")
-    _check_unicode("prompt", prompt)
+    check_unicode("prompt", prompt)
 
 
 def _check_messages(messages: Any) -> None:
@@ -187,12 +210,13 @@ def _check_messages(messages: Any) -> None:
             text = message.get(key)
             if not isinstance(text, str):
                 raise UsageError(f"messages[{number}] needs a string {key!r}, got {shown(text)}")
-            _check_unicode(f"messages[{number}]", text)
+            check_unicode(f"messages[{number}]", text)
         if not message["role"]:
             raise UsageError(f"messages[{number}] has an empty role: use system, user or assistant")
 
 
-def _check_token_list(token_ids: Any) -> None:
+def check_token_list(token_ids: Any) -> None:
+    """Raises UsageError for what is no list of token ids."""
     if not isinstance(token_ids, list) or not token_ids:
         raise UsageError(f"token_ids must be a list of at least one token id, got {shown(token_ids)}")
     for position, token in enumerate(token_ids):
@@ -203,23 +227,27 @@ def _check_token_list(token_ids: Any) -> None:
 Entry = tuple[str, int, dict[str, Any]]     # place for messages, 0-based number, fields
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, without their ends; a byte order mark is dropped."""
+def read_text(path: Path) -> str:
+    """A UTF-8 file without its byte order mark. Raises UsageError."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"cannot read the prompts file {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start]
         raise UsageError(f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}): convert the file to UTF-8") from None
+
+
+def _lines(path: Path) -> list[str]:
     # Not splitlines(): characters such as U+2028 are part of a prompt.
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    return [line.removesuffix("\r") for line in read_text(path).split("\n")]
 
 
-def _jsonl_entries(path: Path) -> Iterator[Entry]:
+def jsonl_entries(path: Path) -> Iterator[Entry]:
+    """One JSON object a line; blank lines are skipped."""
     for number, line in enumerate(_lines(path)):
         if not line.strip():
             continue

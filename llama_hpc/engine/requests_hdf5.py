@@ -1,4 +1,4 @@
-"""Prompts from an HDF5 file: a user's own, or a result file of an earlier run."""
+"""Prompts or texts from an HDF5 file: a user's own, or a result file of an earlier job."""
 
 import json
 from itertools import pairwise
@@ -11,11 +11,12 @@ import numpy as np
 from llama_hpc.errors import UsageError
 
 
-def read_columns(path: Path) -> list[dict[str, Any]]:
-    """One dictionary a row with ``id`` (where there is one) and one of ``prompt``, ``messages``, ``token_ids``.
+def read_columns(path: Path, group: str = "requests", sources: tuple[str, ...] = ("messages", "token_ids", "prompt")
+                 ) -> list[dict[str, Any]]:
+    """One dictionary a row with ``id`` (where there is one) and one of ``sources``, from the file's root or its ``group``.
 
     A row is taken from ``messages`` (JSON text) where it is not empty, else from its slice of ``tokens`` where that is
-    not empty, else from ``prompt``. Raises UsageError.
+    not empty, else from the last of ``sources``. Raises UsageError.
     """
     try:
         with open(path, "rb"):
@@ -23,35 +24,34 @@ def read_columns(path: Path) -> list[dict[str, Any]]:
         if not h5py.is_hdf5(path):
             raise UsageError(f"{path}: not an HDF5 file")
         with h5py.File(path, "r") as file:
-            return _rows(path, file)
+            return _rows(path, file, group, sources)
     # What h5py raises for a damaged file depends on where the damage is.
     except (OSError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is truncated or damaged"
-        raise UsageError(f"cannot read the prompts file {path}: {reason}") from None
+        raise UsageError(f"cannot read {path}: {reason}") from None
 
 
-def _rows(path: Path, file: h5py.File) -> list[dict[str, Any]]:
-    group = file["requests"] if isinstance(file.get("requests"), h5py.Group) else file
+def _rows(path: Path, file: h5py.File, group_name: str, sources: tuple[str, ...]) -> list[dict[str, Any]]:
+    group = file[group_name] if isinstance(file.get(group_name), h5py.Group) else file
     columns: dict[str, list] = {}
-    for name in ("id", "prompt", "messages"):
-        if name in group:
+    for name in ("id", *sources):
+        if name != "token_ids" and name in group:
             columns[name] = _strings(path, group[name])
     if "tokens" in group and "offsets" in group:
         columns["token_ids"] = _token_lists(path, group)
-    if not columns.keys() & {"prompt", "messages", "token_ids"}:
+    if not columns.keys() & set(sources):
         found = ", ".join(sorted(group)) or "nothing"
-        raise UsageError(f"{path}: needs a dataset prompt, or tokens and offsets, in {group.name}; found {found}")
+        raise UsageError(f"{path}: needs a dataset {sources[-1]}, or tokens and offsets, in {group.name}; found {found}")
     lengths = {len(column) for column in columns.values()}
     if len(lengths) > 1:
         sizes = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
         raise UsageError(f"{path}: the datasets must have the same number of rows, got {sizes}")
-    return [_row(path, columns, row) for row in range(lengths.pop())]
+    return [_row(path, columns, sources, row) for row in range(lengths.pop())]
 
 
-def _row(path: Path, columns: dict[str, list], row: int) -> dict[str, Any]:
+def _row(path: Path, columns: dict[str, list], sources: tuple[str, ...], row: int) -> dict[str, Any]:
     entry = {"id": columns["id"][row]} if "id" in columns else {}
-    sources = (name for name in ("messages", "token_ids", "prompt") if name in columns and columns[name][row])
-    source = next(sources, None)
+    source = next((name for name in sources if name in columns and columns[name][row]), None)
     if source == "messages":
         try:
             entry["messages"] = json.loads(columns["messages"][row])
@@ -60,7 +60,7 @@ def _row(path: Path, columns: dict[str, list], row: int) -> dict[str, Any]:
     elif source:
         entry[source] = columns[source][row]
     else:
-        entry["prompt"] = ""
+        entry[sources[-1]] = ""
     return entry
 
 

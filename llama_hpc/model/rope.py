@@ -75,7 +75,7 @@ def check_positions(config: ModelConfig, positions: int) -> None:
     rope = config.rope
     if rope.kind == "dynamic" and positions > (original := rope.original_context or config.context_length):
         raise UsageError(f"sequences of {positions} positions need dynamic RoPE scaling, which depends on the final length of a "
-                         f"text and cannot be cached; keep prompt and answer within {original} (--max-seq-len {original})")
+                         f"text and cannot be cached; keep each within {original} (--max-seq-len {original}, --window of score)")
 
 
 def tables(config: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Reading a result file, piece by piece."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,7 +69,7 @@ class Results:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """How the results came about, as given to ``write_results``."""
-        with _damage(self.path):
+        with damage(self.path):
             return provenance_group.load(self.file["provenance"])
 
     @property
@@ -114,7 +114,7 @@ class Results:
         if top_last > top_first:
             top_tokens = self._numbers("outputs/top_tokens", slice(top_first, top_last))
             top_logprobs = self._numbers("outputs/top_logprobs", slice(top_first, top_last))
-        with _damage(self.path):
+        with damage(self.path):
             timing = {name: column[rows].tolist() for name, column in self.file["timing"].items()}
         batch = []
         for i in range(stop - start):
@@ -128,11 +128,11 @@ class Results:
         return batch
 
     def _numbers(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        with _damage(self.path):
+        with damage(self.path):
             return self.file[name][rows]
 
     def _strings(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        with _damage(self.path):
+        with damage(self.path):
             return self.file[name].asstr()[rows]
 
 
@@ -140,6 +140,23 @@ def read_results(path: str | Path) -> Results:
     """Open a result file.
 
     Raises ResultsError for a file that is missing, not HDF5, truncated, not ours, or of a newer version.
+    """
+    with opened(path, {FORMAT: VERSION}) as (file, attributes):
+        return results_in(Path(path), file, attributes)
+
+
+def results_in(path: Path, file: Any, attributes: Mapping[str, Any]) -> Results:
+    """What an open result file holds, once its sizes are found to be right. Raises ResultsError."""
+    results = Results(path, attributes["status"], attributes["digest"], file)
+    _check_shapes(results)
+    return results
+
+
+@contextmanager
+def opened(path: str | Path, formats: Mapping[str, int]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An h5py file of one of ``formats``, with their newest versions, and its root attributes; stays open unless the block fails.
+
+    Raises ResultsError as ``read_results`` does.
     """
     import h5py
 
@@ -151,21 +168,18 @@ def read_results(path: str | Path) -> Results:
         raise ResultsError(f"cannot read the result file {path}: {error.strerror}") from None
     if not h5py.is_hdf5(path):
         raise ResultsError(f"{path}: not an HDF5 file, so not a result file")
-    with _damage(path):
+    with damage(path):
         file = h5py.File(path, "r")
     try:
-        status, digest_text = _check(path, file)
-        results = Results(path, status, digest_text, file)
-        _check_shapes(results)
+        yield file, _checked(path, file, formats)
     except BaseException:
         file.close()
         raise
-    return results
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turn what h5py raises for missing or unreadable pieces into one ResultsError."""
+def damage(path: Path) -> Iterator[None]:
+    """Turns what h5py raises for missing or unreadable pieces into one ResultsError."""
     try:
         yield
     except (OSError, AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -173,22 +187,23 @@ def _damage(path: Path) -> Iterator[None]:
         raise ResultsError(f"{path}: the result file is truncated or damaged: {reason}") from None
 
 
-def _check(path: Path, file: Any) -> tuple[str, str]:
-    """Status and digest of a file that is ours and not newer than this program."""
-    with _damage(path):
+def _checked(path: Path, file: Any, formats: Mapping[str, int]) -> dict[str, Any]:
+    """Root attributes of a file that is ours and not newer than this program."""
+    with damage(path):
         attributes = dict(file.attrs)
-    if attributes.get("format") != FORMAT:
-        raise ResultsError(f"{path}: an HDF5 file, but no result file of llama_hpc (no attribute format = {FORMAT!r})")
-    version = attributes.get("version")
-    if not isinstance(version, np.integer) or version > VERSION:
-        raise ResultsError(f"{path}: version {version} of the format; this program reads up to {VERSION}: update it")
+    if attributes.get("format") not in formats:
+        named = " or ".join(map(repr, formats))
+        raise ResultsError(f"{path}: an HDF5 file, but no result file of llama_hpc (no attribute format = {named})")
+    version, known = attributes.get("version"), formats[attributes["format"]]
+    if not isinstance(version, np.integer) or version > known:
+        raise ResultsError(f"{path}: version {version} of the format; this program reads up to {known}: update it")
     if attributes.get("status") not in STATUSES or not isinstance(attributes.get("digest"), str):
         raise ResultsError(f"{path}: the result file is damaged: no valid status and digest")
-    return attributes["status"], attributes["digest"]
+    return attributes
 
 
 def _check_shapes(results: Results) -> None:
-    with _damage(results.path):
+    with damage(results.path):
         prompts, texts = len(results.file["requests/id"]), len(results.file["requests/prompt"])
         length = {name: len(column) for name, column in results.file["outputs"].items()}
         total = length.pop("tokens")

@@ -72,7 +72,7 @@ CHECKPOINTS = {
 }
 
 PROMPTS = {
-    "missing file": usage("cannot read the prompts file nowhere.jsonl: No such file", options="--prompts nowhere.jsonl"),
+    "missing file": usage("cannot read nowhere.jsonl: No such file", options="--prompts nowhere.jsonl"),
     "no prompts": usage("the file holds no prompts", prompts=b"\n\n"),
     "invalid JSON": usage("prompts.jsonl, line 2: invalid JSON", "column", prompts=GOOD + b'{"id": "b", "token_ids": [1\n'),
     "not UTF-8": usage("line 2: not UTF-8 (byte 0xff)", prompts=entry('"prompt": "hi"').replace(b"hi", b"h\xff")),

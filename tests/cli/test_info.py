@@ -85,7 +85,7 @@ def test_a_small_checkpoint(capsys, tiny, weights, bits):
     assert facts["stored as"] == f"F32, {4 * count / 1024:.1f} KiB"
     assert (facts["heads"], facts["vocabulary"]) == ("8 query, 4 KV, head_dim 8", "515")
     assert facts["context"] == "256 tokens, RoPE default, theta 10000"
-    assert grid.endswith("16 sequences of 256 tokens a replica:")
+    assert grid.endswith("64 sequences of 256 tokens a replica:")
     assert rows[0]["FFN"] == "0-171" and rows[0]["vocabulary"] == "0-514"
 
 

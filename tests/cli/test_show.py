@@ -16,7 +16,7 @@ from llama_hpc.cli import show
 from llama_hpc.engine.requests import Request
 from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.errors import ResultsError, UsageError
-from llama_hpc.results import Output, write_results
+from llama_hpc.results import Output, Score, write_results, write_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 PROVENANCE = {
@@ -102,7 +102,7 @@ def test_selection(capsys, result_file):
     assert "[q1]" in text and "[q2]" not in text
     text = run(capsys, result_file, "--id", "q2", "--tokens")
     assert "[q0]" not in text and "tokens: 1 (-0.2500)" in text
-    with pytest.raises(UsageError, match="no prompt with the id 'nope'"):
+    with pytest.raises(UsageError, match="nothing with the id 'nope'"):
         show.main(parse(result_file, "--id", "nope"))
     for bad in ("0", "-1", "x", "1.5"):
         with pytest.raises(SystemExit):
@@ -178,3 +178,20 @@ def test_parsing_loads_nothing_heavy():
         "sys.exit(bool({'h5py', 'numpy', 'mpi4py'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60).returncode == 0
+
+
+def test_scores(capsys, tmp_path):
+    documents = [Score("a", np.array([5, 6, 7]), np.array([np.nan, -1, -2], np.float32)),
+                 Score("b", np.array([8, 9]), np.array([np.nan, 0], np.float32))]
+    write_scores(tmp_path / "s.h5", documents, 8, 4, PROVENANCE)
+    lines = run(capsys, tmp_path / "s.h5", "--verify", "--tokens").splitlines()
+    assert lines[0] == f"{tmp_path / 's.h5'}: complete, 2 documents, 3 tokens scored"
+    assert "perplexity  2.71828 (windows of 8 tokens, one every 4)" in lines and "wall time   2.00 s, 1.5 tokens/s" in lines
+    assert lines[-4:] == [
+        "[a] 2 tokens scored, log-likelihood -3, perplexity 4.48169", "  tokens: 5, 6 (-1.0000), 7 (-2.0000)",
+        "[b] 1 token scored, log-likelihood 0, perplexity 1", "  tokens: 8, 9 (0.0000)",
+    ]  # fmt: skip
+    document = json.loads(run(capsys, tmp_path / "s.h5", "--json", "--tokens", "--id", "b"), parse_constant=pytest.fail)
+    assert (document["documents"], document["window"], document["stride"], document["scored"]) == (2, 8, 4, 3)
+    assert document["scores"] == [{"id": "b", "num_tokens": 2, "scored": 1, "log_likelihood": 0, "perplexity": 1,
+                                   "tokens": [8, 9], "logprobs": [None, 0]}]

@@ -1,0 +1,194 @@
+"""What every job with a model does around its own work: the grid, the kernels, the weights, the counters, the facts."""
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
+
+from llama_hpc.comm.choose import tensor_reducer
+from llama_hpc.comm.counter import SharedCounters
+from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.engine.layout import auto_grid, cache_pages
+from llama_hpc.engine.queue import COUNTERS, FINISHED, TOKENS
+from llama_hpc.engine.warmup import once_per_node, warm_up
+from llama_hpc.grid import Grid, GridShape
+from llama_hpc.kernels.cpu.target import kernels
+from llama_hpc.kernels.cpu.workers import Pool
+from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
+from llama_hpc.model.sizes import packed_bits, parameters
+from llama_hpc.model.transformer import TransformerStage
+from llama_hpc.runtime.abort import agreed
+from llama_hpc.runtime.progress import Progress
+from llama_hpc.runtime.provenance import collect
+from llama_hpc.runtime.topology import available_memory, hostname, node_cores, thread_places
+from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint, weights_format
+from llama_hpc.weights.fingerprint import fingerprint
+from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
+from llama_hpc.weights.store import Store
+
+_LOG = logging.getLogger(__name__)
+_POLL = 0.2                     # seconds between looks at the shared counters
+
+
+class ModelJob:
+    """A job on ``comm``, the world, with the options ``args``; methods are collective over it unless they say otherwise.
+
+    They are called in the order in which they stand here. ``facts``, on the first rank, become the provenance of the output.
+    """
+
+    def __init__(self, args: argparse.Namespace, comm: MPI.Comm, node: MPI.Comm, threads: int, shape: GridShape | None):
+        self.args, self.comm, self.node, self.threads, self.asked_shape = args, comm, node, threads, shape
+        self.first = comm.rank == 0
+        self.facts: dict[str, Any] = collect() if self.first else {}
+        with agreed(comm, "starting the threads"):
+            self.pool, self.places = Pool(threads), thread_places(threads)
+
+    def examine(self) -> Checkpoint:
+        """The checkpoint, checked as far as it can be without reading weights; its name goes to ``facts``. Not collective."""
+        checkpoint = open_checkpoint(self.args.model)
+        weights_format(checkpoint, self.args.weights)
+        self.facts["model"] = {"name": self.args.model, "path": str(Path(checkpoint.path).resolve())}
+        if isinstance(checkpoint, Store):
+            self.facts["model"] |= {"source": checkpoint.source, "source_content_hash": checkpoint.source_content_hash}
+        return checkpoint
+
+    def open(self) -> None:
+        """Opens the model on every rank."""
+        with agreed(self.comm, "opening the model"):
+            self.checkpoint = open_checkpoint(self.args.model)
+            self.weights = weights_format(self.checkpoint, self.args.weights)
+
+    def choose_grid(self, *sizes: int, reserved: int = 0) -> Grid:
+        """The grid that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
+
+        ``reserved``: bytes of a rank's memory that neither weights nor cache may take.
+        """
+        config = self.checkpoint.config
+        self.memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN) - reserved
+        per_node = self.comm.allreduce(self.node.size, MPI.MIN)
+        with agreed(self.comm, "choosing the grid"):
+            shape = self.asked_shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes)
+            check_grid(config, shape)
+        self.grid = Grid.create(self.comm, shape)
+        self.part = stage_shares(config, shape.pipeline)[self.grid.stage]
+        self.share = TensorShare.of(config, shape.tensor, self.grid.tensor_index)
+        return self.grid
+
+    def pages(self, kv_memory: int | None = None) -> int:
+        """Pages of the KV cache that the rank of least room can hold; with ``kv_memory`` bytes of each rank, if given."""
+        own = cache_pages(self.checkpoint.config, self.weights, self.part, self.share, self.memory, kv_memory)
+        return self.comm.allreduce(own, MPI.MIN)
+
+    def announce(self, plan: str) -> None:
+        """Tells what the job is about to do, and how; ``plan`` ends the line about the grid."""
+        hosts = len(set(self.comm.allgather(hostname())))
+        if not self.first:
+            return
+        config, weights = self.checkpoint.config, self.weights
+        _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.args.model, config.family,
+                  parameters(config) / 1e6, weights, packed_bits(config, weights)[1])
+        _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each (%s kernels), %s",
+                  self.grid.shape, self.comm.size, hosts, "s" * (hosts > 1), self.threads, "s" * (self.threads > 1), kernels(),
+                  plan)
+
+    def compile(self) -> None:
+        """Compiles the kernels, or loads them from the node's cache."""
+        start = time.monotonic()
+        once_per_node(self.node, lambda: warm_up(self.weights, self.pool, MPI.COMM_SELF))
+        # Not before: the threads that quantise, now started, would inherit the one place of this thread.
+        self.pool.bind(self.places)
+        if self.first and time.monotonic() - start > 2:
+            _LOG.info("kernels ready after %.1f s", time.monotonic() - start)
+
+    def _reducer(self, max_rows: int) -> TensorReducer:
+        """Joins over the tensor group, in shared memory where --reduce and the places of the ranks allow."""
+        with agreed(self.comm, "preparing the reductions"):
+            # Shared windows hold two regions of int64 sums and one of float32 rows.
+            return tensor_reducer(self.grid.tensor_comm, self.args.reduce, self.node.size * self.threads > node_cores(),
+                                  max_rows * self.checkpoint.config.hidden_size * (2 * 8 + 4))
+
+    def load(self, hashes: dict[str, str] | None = None, **sizes: int) -> TransformerStage:
+        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``hashes`` receives those of tensors."""
+        config, grid, checkpoint = self.checkpoint.config, self.grid, self.checkpoint
+        reducer, stage = self._reducer(sizes["max_rows"]), None
+        steps = loading_steps(config, self.weights, self.part, grid.stage_comm, packed=isinstance(checkpoint, Store))
+        with agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.first) as progress:
+            try:
+                weights = load_stage(checkpoint, self.weights, self.part, self.share, reducer, grid.stage_comm,
+                                     threads=self.threads, progress=progress.update, hashes=hashes, pool=self.pool)
+                stage = TransformerStage(config, self.part, self.share, weights, reducer, self.pool, **sizes)
+            except PeerFailed:
+                pass    # The rank that failed says why.
+        reducer.reset()
+        self.content_hash = fingerprint(checkpoint, self.comm)
+        return stage
+
+    def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]
+             ) -> tuple[Any, float, int]:
+        """Runs this rank's part of ``total`` things: ``run(counters, start, tick)``, where ``tick`` is to be called often.
+
+        Returns its result, the seconds that the job took, and what the counter TOKENS came to (first rank; elsewhere 0).
+        """
+        counters = SharedCounters(self.comm, COUNTERS)
+        self.comm.Barrier()
+        start = time.monotonic()
+        with Progress(total, unit, label, show=self.first) as progress:
+            watch = _Watch(counters, progress) if self.first else None
+            result = run(counters, start, watch)
+            if watch:
+                watch.until(total)
+        self.comm.Barrier()
+        seconds = time.monotonic() - start
+        tokens = counters.read(TOKENS) if self.first else 0
+        counters.free()
+        return result, seconds, tokens
+
+    def conclude(self, stage: TransformerStage, seconds: float, work: dict[str, Any], **settings: Any) -> None:
+        """Completes ``facts``: ``work`` is what this rank did, ``settings`` what was chosen where no option said so."""
+        own = {"host": hostname(), "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
+               "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(),
+               **stage.reducer.work()}
+        ranks = self.comm.gather(own | work)
+        stage.reducer.free()
+        if not self.first:
+            return
+        shape = self.grid.shape
+        given = {name: value for name, value in vars(self.args).items() if name != "command" and value is not None}
+        self.facts["model"]["content_hash"] = self.content_hash
+        self.facts |= {
+            "weights": self.weights, "ranks": self.comm.size, "threads": self.threads,
+            "grid": {"data": shape.data, "pipeline": shape.pipeline, "tensor": shape.tensor},
+            "kernels": sorted({rank["kernels"] for rank in ranks}),
+            "hosts": sorted({rank["host"] for rank in ranks}), "rank_table": ranks,
+            "settings": given | {"weights": self.weights, "threads": self.threads, "grid": str(shape)} | settings,
+            "end_time": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": seconds,
+        }
+
+
+class _Watch:
+    """Moves the progress bar of the first rank by the shared counters, and drives MPI for the others' one-sided calls."""
+
+    def __init__(self, counters: SharedCounters, progress: Progress):
+        self.counters, self.progress, self._last = counters, progress, 0.0
+
+    def __call__(self) -> None:
+        self.counters.comm.Iprobe()
+        if time.monotonic() - self._last >= _POLL:
+            self._look()
+
+    def _look(self) -> None:
+        self._last = time.monotonic()
+        self.progress.update(self.counters.read(FINISHED) - self.progress.done)
+
+    def until(self, total: int) -> None:
+        """Waits for the other replicas; looks often, as the time until the last answer is measured."""
+        self._look()
+        while self.progress.done < total:
+            time.sleep(0.01)
+            self.counters.comm.Iprobe()
+            self._look()
