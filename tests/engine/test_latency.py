@@ -33,9 +33,9 @@ def test_targets_are_parsed():
     "", "ttft", "ttft=1", "ttft.p99", "ttft.p0=1", "ttft.p100=1", "speed.p50=1", "rps.p50=3", "tpot.p50=-1", "tpot.p50=0",
     "rps=x", "ttft.p99=1;rps=8"])
 def test_targets_that_do_not_parse(text):
-    with pytest.raises(UsageError, match="--slo: .* is no target: give METRIC.pN=SECONDS"):
+    with pytest.raises(UsageError, match=r"--slo: .* is no target: give METRIC\.pN=SECONDS"):
         parse_targets(text)
-    with pytest.raises(UsageError, match="gives ttft.p50 twice"):
+    with pytest.raises(UsageError, match=r"gives ttft\.p50 twice"):
         parse_targets("ttft.p50=1,ttft.p50=2")
 
 
