@@ -21,11 +21,11 @@ def activation_at(typing_context, where):
 class Activation:
     """Input of products: float32 ``values`` [rows, columns] and, if ``quantized``, room for their quantised form.
 
-    ``block``: k per reduction block. ``record`` is what operations read.
+    ``block``: k per reduction block. ``record`` is what operations read. ``allocate(shape, dtype)`` makes arrays of zeros.
     """
 
-    def __init__(self, rows: int, columns: int, block: int, quantized: bool):
-        self.values = aligned((rows, columns), np.float32)
+    def __init__(self, rows: int, columns: int, block: int, quantized: bool, allocate=aligned):
+        self.values = allocate((rows, columns), np.float32)
         self.blocks, self.quantized = Blocks(columns, block), quantized
         self.x = self.scales = self.corrections = None
         per_block = self.blocks.groups_per_block
@@ -33,11 +33,17 @@ class Activation:
         capacity = rows + (3 - rows) % 16
         if quantized:
             units = max(1, -(-self.blocks.groups // (UNIT // per_block * per_block)))
-            self.x = aligned((units, capacity, UNIT * GROUP), np.int8)
-            self.scales = aligned((units, capacity, UNIT), np.float32)
-            self.corrections = aligned((units, capacity, UNIT), np.int32)
+            self.x = allocate((units, capacity, UNIT * GROUP), np.int8)
+            self.scales = allocate((units, capacity, UNIT), np.float32)
+            self.corrections = allocate((units, capacity, UNIT), np.int32)
         self.record = np.array([(address(self.values), columns, columns, block, address(self.x), address(self.scales),
                                  address(self.corrections), capacity, per_block)], ACTIVATION)
+
+    def by_rows(self) -> list[np.ndarray]:
+        """What products read, as arrays [rows, …]."""
+        if not self.quantized:
+            return [self.values]
+        return [array.swapaxes(0, 1) for array in (self.x, self.scales, self.corrections)]
 
     @property
     def nbytes(self) -> int:

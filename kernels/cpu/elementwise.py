@@ -27,7 +27,7 @@ from .operation import operation
 from .simd import float_from_bits, rint
 from .team import begin, chunk, work_at
 
-NORM = record("team", "status", "work", "rows", "residual", "stride", "columns", "weight", "eps", "selected", "target")
+NORM = record("team", "status", "work", "rows", "residual", "stride", "columns", "weight", "eps", "selected", "target", "offset")
 EMBEDDING = record("team", "status", "work", "rows", "tokens", "first", "held", "columns", "data", "tile_bytes", "form", "out",
                    "stride")
 INT8, INT4, FLOAT32, FLOAT16 = range(4)         # forms of an embedding table: kinds ``halves`` and ``nibble``, interleaved floats
@@ -130,14 +130,14 @@ def _quantize_row(target, row):
 
 @operation
 def norm_operation(member, where):
-    """RMS norm of rows of the residual (all, or the ``selected`` ones), then their quantised form."""
+    """RMS norm of rows of the residual (from row ``offset``, an int64, on, or the ``selected`` ones), then quantised."""
     op = carray(_norm_at(where), 1)[0]
     target, work = carray(activation_at(op.target), 1)[0], carray(work_at(op.work), 1)[0]
-    rows, status = int64_at(op.rows)[0], 0
+    rows, shift, status = int64_at(op.rows)[0], int64_at(op.offset)[0] if op.offset else 0, 0
     begin(op.team, member, work, rows)
     first, last = chunk(op.team, member, work, rows)
     while last > first:
-        for row in range(first, last):
+        for row in range(first + shift, last + shift):
             source = op.residual + 4 * op.stride * (int64_at(op.selected)[row] if op.selected else row)
             status |= rms_norm(float32_at(source), int32_at(source), op.columns, float32_at(op.weight), float64_at(op.eps)[0],
                                float32_at(target.values + 4 * target.stride * row))

@@ -16,15 +16,18 @@ from .operation import operation
 from .team import SCRATCH, begin, chunk, member_words, work_at
 from .waiting import advance, wait
 
-SUM, MAXIMUM, BITS, FINISH = range(4)
+SUM, MAXIMUM, BITS, FINISH, OWNED = range(5)
 ARRIVED, PHASE, MEETING_WORDS = 0, 8, 16        # words of a meeting point: each on a line of its own; behind PHASE its sleepers
 STEP = 512                      # numbers of a task
 
 # meeting: address of a meeting point of ``ranks`` processes; spins: looks at it before sleeping; spent: an int64, nanoseconds.
 MEETING = record("team", "status", "work", "meeting", "ranks", "spins", "spent")
 # parts: int64 addresses [ranks] of arrays [rows, columns]: int64, for BITS float32; rows: an int64. target: what SUM and MAXIMUM
-# (int64) and BITS (float32) make of them, FINISH adds to: float32 [rows, columns]; bias: float32 [columns], or 0.
-JOIN = record("team", "status", "work", "rows", "columns", "parts", "ranks", "kind", "target", "bias", "spent")
+# (int64) and BITS (float32) make of them, FINISH adds to: float32 [rows, columns]; bias: float32 [columns], or 0; offset: an
+# int64, the first of the rows, or 0. OWNED: the rows from rows * rank // ranks on are in the part of that rank alone; rank: the
+# number of this one, whose part is the target itself.
+JOIN = record("team", "status", "work", "rows", "columns", "parts", "ranks", "kind", "target", "bias", "spent",
+              "offset", "rank")
 
 
 @intrinsic
@@ -103,6 +106,16 @@ def _bits(op, at, count):
 
 
 @njit(cache=True)
+def _copy_owned(op, rows, row, at, count):
+    """target = the numbers of a row from its owner's part, unless this rank is the owner itself."""
+    owner = ((row + 1) * op.ranks - 1) // rows
+    if owner != op.rank:
+        target, part = int32_at(op.target + 4 * at), int32_at(int64_at(op.parts)[owner] + 4 * at)
+        for i in range(count):
+            target[i] = part[i]
+
+
+@njit(cache=True)
 def _finish(sums, count, residual, bias, biased):
     """residual += float32(sums * 2**-32) + bias; returns OUT_OF_RANGE or 0."""
     beyond = False
@@ -120,14 +133,16 @@ def join_operation(member, where):
     start = _monotonic() if member == 0 else 0
     work, pieces, status = carray(work_at(op.work), 1)[0], (op.columns + STEP - 1) // STEP, 0
     total = int64_at(int64_at(member_words(op.team, member))[SCRATCH])
-    tasks = int64_at(op.rows)[0] * pieces
+    tasks, shift = int64_at(op.rows)[0] * pieces, int64_at(op.offset)[0] * op.columns if op.offset else 0
     begin(op.team, member, work, tasks)
     first, last = chunk(op.team, member, work, tasks)
     while last > first:
         for task in range(first, last):
             column = task % pieces * STEP
-            at, count = task // pieces * op.columns + column, min(STEP, op.columns - column)
-            if op.kind == BITS:
+            at, count = shift + task // pieces * op.columns + column, min(STEP, op.columns - column)
+            if op.kind == OWNED:
+                _copy_owned(op, int64_at(op.rows)[0], task // pieces, at, count)
+            elif op.kind == BITS:
                 _bits(op, at, count)
             elif op.kind == FINISH:
                 _joined(op, at, count, total)

@@ -9,6 +9,11 @@ from llama_hpc.kernels.cpu.joining import BITS, FINISH, MAXIMUM, SUM
 from llama_hpc.kernels.cpu.memory import address
 
 
+def own_rows(rows: int, rank: int, size: int) -> range:
+    """The rows of a step that are a rank's own where they are dealt over a tensor group."""
+    return range(rows * rank // size, rows * (rank + 1) // size)
+
+
 @dataclass(frozen=True)
 class Region:
     """Where ranks write what is to be joined: ``own`` is this rank's part, ``parts`` int64 the addresses of all that are left to
@@ -26,6 +31,7 @@ class TensorReducer:
     """
 
     mode = "mpi"
+    shares_memory = False
 
     def __init__(self, comm: MPI.Comm):
         self.comm, self.size, self.calls, self.bytes = comm, comm.size, 0, 0
@@ -68,6 +74,27 @@ class TensorReducer:
         """Sets the counters to zero."""
         self.calls = self.bytes = 0
         self.nanoseconds[0] = 0
+
+    def common(self, size: int) -> np.ndarray | None:
+        """uint8 [size] that all ranks see, at a multiple of 64 bytes; None where they share no memory. Collective."""
+        return None
+
+    def scatter_sum(self, sums: np.ndarray) -> None:
+        """Adds int64 fixed-point sums [rows, columns] in place, for this rank only those of its own rows (see ``own_rows``)."""
+        counts = [len(own_rows(len(sums), rank, self.size)) * sums.shape[1] for rank in range(self.size)]
+        own = own_rows(len(sums), self.comm.rank, self.size)
+        received = np.empty((len(own), sums.shape[1]), np.int64)
+        self.comm.Reduce_scatter(sums, received, counts, MPI.SUM)
+        sums[own.start : own.stop] = received
+
+    def gather_rows(self, array: np.ndarray) -> None:
+        """Completes an array [rows, …], of which each rank has its own rows, in place."""
+        counts = [len(own_rows(len(array), rank, self.size)) * array[:1].nbytes for rank in range(self.size)]
+        own = own_rows(len(array), self.comm.rank, self.size)
+        whole = np.empty(array.shape, array.dtype)
+        self.comm.Allgatherv(np.ascontiguousarray(array[own.start : own.stop]).view(np.uint8).ravel(),
+                             (whole.view(np.uint8).ravel(), counts))
+        array[...] = whole
 
     def free(self) -> None:
         """Gives back what regions lie in; nothing may read them any more."""

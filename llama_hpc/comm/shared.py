@@ -65,6 +65,7 @@ class SharedReducer(TensorReducer):
     """
 
     mode = "shared"
+    shares_memory = True
 
     def __init__(self, comm: MPI.Comm, crowded: bool):
         super().__init__(comm)
@@ -74,6 +75,13 @@ class SharedReducer(TensorReducer):
     def region(self, array: np.ndarray) -> Region:
         parts = self._windows.allocate(array.nbytes)
         return Region(_like(array, parts[self.comm.rank]), np.array([address(part) for part in parts], np.int64))
+
+    def common(self, size: int) -> np.ndarray:
+        return self._windows.allocate(size if self.comm.rank == 0 else 0)[0][:size]
+
+    def meet(self, steps) -> None:
+        """Appends a meeting of all ranks to a model's ``Steps``."""
+        steps.meet(self._meeting)
 
     def bring_together(self, steps, region: Region, kind: int, count: np.ndarray) -> None:
         steps.meet(self._meeting)

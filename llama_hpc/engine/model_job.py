@@ -121,7 +121,8 @@ class ModelJob:
             try:
                 weights = load_stage(checkpoint, self.weights, self.part, self.share, reducer, grid.stage_comm,
                                      threads=self.threads, progress=progress.update, hashes=hashes, pool=self.pool)
-                stage = TransformerStage(config, self.part, self.share, weights, reducer, self.pool, **sizes)
+                stage = TransformerStage(config, self.part, self.share, weights, reducer, self.pool,
+                                         spread_from=self.args.sequence_parallel, **sizes)
             except PeerFailed:
                 pass    # The rank that failed says why.
         reducer.reset()

@@ -94,7 +94,8 @@ class Replica:
         """What this rank has done: counts of steps and tokens run, of tokens found in the cache and not run, of sequences set
         back; the most pages that sequences held at a time; bytes sent to the next stage; what ``TensorReducer.work`` tells."""
         pool = self.scheduler.pool
-        return {"steps": self._steps, "tokens": self._tokens, "shared_tokens": pool.shared_tokens,
+        return {"steps": self._steps, "sequence_parallel_steps": self.stage.spread_steps, "tokens": self._tokens,
+                "shared_tokens": pool.shared_tokens,
                 "setbacks": self.scheduler.setbacks, "pages": pool.count, "pages_used": pool.most_used,
                 "bytes_sent": self.channel.bytes_sent, **self.stage.reducer.work()}
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from llama_hpc.kernels.cpu import attention as kernel
+from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.workers import ONE_TASK, WorkDistribution
 from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights, RowParallelLinear
 from llama_hpc.model.steps import Steps
@@ -23,10 +24,10 @@ class ParallelAttention:
         self.qkv = ColumnParallelLinear(layer, {"q": weights.q, "k": weights.k, "v": weights.v})
         self.o = RowParallelLinear("o", layer, weights.o)
 
-    def add(self, steps: Steps) -> None:
-        """Reads buffers.normed, adds to buffers.residual: one product, rotation and store, attention, one product."""
+    def add(self, steps: Steps, normed: Activation) -> None:
+        """Reads ``normed``, adds to buffers.residual: one product, rotation and store, attention, one product."""
         b, config, weights = self.buffers, self.buffers.config, self.weights
-        self.qkv.add(steps, b.normed, {"q": b.q, "k": b.k, "v": b.v})
+        self.qkv.add(steps, normed, {"q": b.q, "k": b.k, "v": b.v})
         keys, values = b.cache.pools(self.layer)
         pages, threads, half = b.cache.pages, steps.pool.threads, b.cache.dtype == np.uint16
         shared = {"q": b.q, "q_stride": b.q.shape[1], "keys": keys, "values": values, "pages": pages,

@@ -30,7 +30,5 @@ class ParallelLayer:
     def add(self, steps: Steps) -> None:
         """Appends the layer: eight operations on one tensor rank."""
         b = self.buffers
-        b.add_norm(steps, self.weights.attention_norm, b.normed, steps.rows, "attention_norm", self.layer)
-        self.attention.add(steps)
-        b.add_norm(steps, self.weights.mlp_norm, b.normed, steps.rows, "mlp_norm", self.layer)
-        self.mlp.add(steps)
+        self.attention.add(steps, b.add_layer_norm(steps, self.weights.attention_norm, "attention_norm", self.layer))
+        self.mlp.add(steps, b.add_layer_norm(steps, self.weights.mlp_norm, "mlp_norm", self.layer))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_hpc.comm.reduce import Region
-from llama_hpc.kernels.cpu import joining, products
+from llama_hpc.kernels.cpu import products
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.calls import add_product
 from llama_hpc.kernels.cpu.weights import Weights
@@ -69,4 +69,4 @@ class RowParallelLinear:
         part = weights.part(out, bias if alone else None)
         add_product(steps.program, name, x, [part], weights.layout, steps.rows, mode, work)
         if not alone:
-            steps.join(sums, joining.FINISH, steps.rows, residual, bias if bias.size else None, name)
+            steps.add_sums(sums, residual, bias if bias.size else None, name)

@@ -1,5 +1,6 @@
 """The feed-forward network of one layer (SwiGLU), parallel over blocks of intermediate channels."""
 
+from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights, RowParallelLinear
 from llama_hpc.model.steps import Steps
 
@@ -19,8 +20,8 @@ class ParallelMLP:
         self.gate_up = ColumnParallelLinear(layer, {"gate": weights.gate, "up": weights.up})
         self.down = RowParallelLinear("down", layer, weights.down)
 
-    def add(self, steps: Steps) -> None:
-        """Reads buffers.normed, adds to buffers.residual: gate, up and what follows are one product, down another."""
+    def add(self, steps: Steps, normed: Activation) -> None:
+        """Reads ``normed``, adds to buffers.residual: gate, up and what follows are one product, down another."""
         b = self.buffers
-        self.gate_up.add_gated(steps, b.normed, b.gated)
+        self.gate_up.add_gated(steps, normed, b.gated)
         self.down.add(steps, b.gated, b.residual, b.sums[1])

@@ -65,9 +65,10 @@ def layer_parameters(config: ModelConfig) -> int:
 def stage_shares(config: ModelConfig, stages: int) -> list[StageShare]:
     """Contiguous layers for every stage, at least one each, so that the costliest stage is as cheap as it can be.
 
-    The cost of a layer is its weights, that of the last stage includes the output head.
+    The cost of a layer is its weights. That of the last stage includes half of the output head's: about every other token of a
+    job needs logits, those of prompts do not.
     """
-    layer, head = layer_parameters(config), config.vocab_size * config.hidden_size
+    layer, head = layer_parameters(config), config.vocab_size * config.hidden_size / 2
     # The head takes the time of some layers: the last stage gives these up, the rest is shared evenly.
     def cost(last: int) -> float:
         others = -(-(config.num_layers - last) // (stages - 1))

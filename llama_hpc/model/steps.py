@@ -6,6 +6,7 @@ import numpy as np
 
 from llama_hpc.comm.reduce import Region, TensorReducer
 from llama_hpc.kernels.cpu import joining
+from llama_hpc.kernels.cpu.memory import address
 from llama_hpc.kernels.cpu.program import Program
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
 from llama_hpc.model.faults import Faults
@@ -14,14 +15,17 @@ from llama_hpc.model.faults import Faults
 class Steps:
     """Built once by the layers of a stage; ``run`` is collective over the tensor group.
 
-    With one tensor rank everything is one program, one compiled call. ``counts`` int64: rows, outputs and attention runs of the
-    step.
+    With one tensor rank, or ranks that share memory, everything is one program, one compiled call. ``counts`` int64: rows,
+    outputs and attention runs of the step, the first of this rank's own rows and their number.
+
+    ``spread``: sequence parallelism (Korthikanti et al. 2022). Each rank has its own rows of the residual only; norms and
+    quantisation run for them, and sums over ranks are finished for them.
     """
 
-    def __init__(self, pool: Pool, reducer: TensorReducer, faults: Faults, schedule: str = "steal"):
-        self.pool, self.reducer, self.faults, self.schedule = pool, reducer, faults, schedule
-        self.counts = np.zeros(3, np.int64)
-        self.rows, self.outputs, self.runs = (self.counts[i : i + 1] for i in range(3))
+    def __init__(self, pool: Pool, reducer: TensorReducer, faults: Faults, schedule: str = "steal", spread: bool = False):
+        self.pool, self.reducer, self.faults, self.schedule, self.spread = pool, reducer, faults, schedule, spread
+        self.counts = np.zeros(5, np.int64)
+        self.rows, self.outputs, self.runs, self.first, self.own = (self.counts[i : i + 1] for i in range(5))
         self.program = Program(pool)
         self._actions: list = [self.program]
         self._joined: list[tuple[int, np.ndarray]] = []     # bytes a row, and how many rows
@@ -37,11 +41,45 @@ class Steps:
         if region.own is not target:
             self.add_join(region.parts, kind, count, target, bias, name)
 
-    def add_join(self, parts: np.ndarray, kind: int, count: np.ndarray, target: np.ndarray, bias=None, name=(0, ())) -> None:
+    def add_sums(self, region: Region, residual: np.ndarray, bias: np.ndarray | None, name) -> None:
+        """Appends what adds the sums of all ranks to the residual, in ``spread`` steps to this rank's own rows."""
+        if not self.spread:
+            self.join(region, joining.FINISH, self.rows, residual, bias, name)
+            return
+        parts = region.parts
+        if self.reducer.shares_memory:
+            self.reducer.meet(self)
+        else:
+            self.call(self.reducer.scatter_sum, region.own, self.rows)
+            parts = np.array([address(region.own)])
+        self._joined.append((region.own[:1].nbytes, self.rows))
+        self.add_join(parts, joining.FINISH, self.own, residual, bias, name, offset=self.first)
+
+    def spread_out(self, arrays: list[np.ndarray]) -> None:
+        """Appends what lets all ranks have the rows that each has computed of arrays [rows, …], which may be common memory."""
+        if self.reducer.shares_memory:
+            self.reducer.meet(self)
+            return
+        for array in arrays:
+            self.call(self.reducer.gather_rows, array, self.rows)
+            self._joined.append((array[:1].nbytes, self.own))
+
+    def gather_residual(self, region: Region) -> None:
+        """Appends what completes the residual, which is ``region.own``, on every rank."""
+        if not self.reducer.shares_memory:
+            self.spread_out([region.own])
+            return
+        self.reducer.meet(self)
+        self.add_join(region.parts, joining.OWNED, self.rows, region.own, rank=self.reducer.comm.rank)
+        # The next step may begin by writing to it.
+        self.reducer.meet(self)
+
+    def add_join(self, parts: np.ndarray, kind: int, count: np.ndarray, target: np.ndarray, bias=None, name=(0, ()), **more
+                 ) -> None:
         """Appends the operation that joins parts, given by their addresses."""
         self.program.add(name, joining.join_operation, joining.JOIN, ONE_TASK.record(self.pool.threads), rows=count,
                          columns=target.shape[1], parts=parts, ranks=len(parts), kind=kind, target=target, bias=bias,
-                         spent=self.reducer.nanoseconds)
+                         spent=self.reducer.nanoseconds, **more)
 
     def meet(self, meeting: dict[str, int]) -> None:
         """Appends a meeting of processes that share memory."""

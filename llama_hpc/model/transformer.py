@@ -1,14 +1,15 @@
 """One stage of a model on one tensor rank: embedding, layers, output head, and the buffers they share."""
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
-from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.comm.reduce import Region, TensorReducer, own_rows
 from llama_hpc.kernels.cpu import attention as attention_kernel
 from llama_hpc.kernels.cpu import elementwise, joining, sampling
 from llama_hpc.kernels.cpu.activations import Activation
-from llama_hpc.kernels.cpu.memory import aligned
+from llama_hpc.kernels.cpu.memory import address, aligned
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
 from llama_hpc.kernels.numerics import BLOCK, down_block
 from llama_hpc.model import rope
@@ -67,7 +68,7 @@ class Buffers:
     """Arrays that every layer of a stage writes in turn, allocated once for ``max_rows`` rows; unused rows take no memory."""
 
     def __init__(self, config: ModelConfig, share: TensorShare, quantized: bool, cache: KVCache, reducer: TensorReducer,
-                 max_rows: int, max_outputs: int, max_seq_len: int):
+                 max_rows: int, max_outputs: int, max_seq_len: int, spread: bool):
         self.config, self.cache, self.max_rows = config, cache, max_rows
         self.heads, self.kv_heads, ffn = len(share.query_heads), len(share.kv_heads), len(share.ffn)
         def floats(columns: int) -> np.ndarray:
@@ -76,7 +77,10 @@ class Buffers:
         # One for attention, one for the MLP: a rank may still read the sums of one while others write to the next.
         sums = aligned((max_rows, config.hidden_size), np.int64)
         self.sums = [reducer.region(sums) for _ in range(2)]
-        self.normed = Activation(max_rows, config.hidden_size, BLOCK, quantized)
+        self.normed = self.spread_normed = Activation(max_rows, config.hidden_size, BLOCK, quantized)
+        self.residual_region = Region(self.residual, np.array([address(self.residual)]))
+        if spread:
+            self._share_rows(reducer, quantized)
         self.q, self.k, self.v = (floats(n * config.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))
         self.attended = Activation(max_rows, self.heads * config.head_dim, min(config.head_dim, BLOCK), quantized)
         self.gated = Activation(max_rows, ffn, down_block(config.intermediate_size), quantized)
@@ -91,19 +95,40 @@ class Buffers:
         self.eps = np.array([config.norm_eps])
         self.scale = np.array([1.0 / np.sqrt(np.float64(config.head_dim))]).astype(np.float32)
 
+    def _share_rows(self, reducer: TensorReducer, quantized: bool) -> None:
+        """For ranks that share memory: a residual that others can read, and normed rows that all write together."""
+        self.residual_region = reducer.region(self.residual)
+        self.residual = self.residual_region.own
+        if reducer.shares_memory:
+            def common(shape: tuple[int, ...], dtype) -> np.ndarray:
+                return reducer.common(prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+            self.spread_normed = Activation(self.max_rows, self.config.hidden_size, BLOCK, quantized, common)
+
     def load(self, batch: Batch, steps: Steps) -> None:
         """Takes over what a step works on."""
         rows, outputs = batch.rows, len(batch.outputs)
         self.tokens[:rows], self.sequences[:rows] = batch.tokens[:rows], batch.sequences[:rows]
         self.positions[:rows], self.selected[:outputs] = batch.positions[:rows], batch.outputs
-        steps.counts[:] = rows, outputs, attention_kernel.runs_of(self.sequences, self.positions, rows, self.runs)
+        runs = attention_kernel.runs_of(self.sequences, self.positions, rows, self.runs)
+        own = own_rows(rows, steps.reducer.comm.rank, steps.reducer.size)
+        steps.counts[:] = rows, outputs, runs, own.start, len(own)
+
+    def add_layer_norm(self, steps: Steps, weight: np.ndarray, name: str, layer: int) -> Activation:
+        """Appends the RMS norm of the residual, and returns where it is; in ``spread`` steps each rank adds its own rows."""
+        if not steps.spread:
+            self.add_norm(steps, weight, self.normed, steps.rows, name, layer)
+            return self.normed
+        self.add_norm(steps, weight, self.spread_normed, steps.own, name, layer, offset=steps.first)
+        steps.spread_out(self.spread_normed.by_rows())
+        return self.spread_normed
 
     def add_norm(self, steps: Steps, weight: np.ndarray, target: Activation, rows: np.ndarray, name: str, layer: int = 0,
-                 selected: np.ndarray | None = None) -> None:
-        """Appends target = RMS norm of the residual (its rows ``selected``, if given), ready for products."""
+                 selected: np.ndarray | None = None, offset: np.ndarray | None = None) -> None:
+        """Appends target = RMS norm of the residual (from row ``offset`` on, or its rows ``selected``), ready for products."""
         steps.program.add((layer, (name,)), elementwise.norm_operation, elementwise.NORM, ONE_TASK.record(steps.pool.threads),
                           rows=rows, residual=self.residual, stride=self.residual.shape[1], columns=self.residual.shape[1],
-                          weight=weight, eps=self.eps, selected=selected, target=target.record, keep=(target,))
+                          weight=weight, eps=self.eps, selected=selected, offset=offset, target=target.record,
+                          keep=(target,))
 
 
 class TransformerStage:
@@ -111,23 +136,47 @@ class TransformerStage:
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
                  pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
-                 schedule: str = "steal"):
+                 schedule: str = "steal", spread_from: int = 0):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.faults = Faults()
+        # Rows of a step from which tensor ranks deal them out among themselves.
+        self.spread_from = spread_from if spread_from and reducer.size > 1 else max_rows + 1
+        self.spread_steps = 0
         self.cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
                              np.uint16 if weights.half_cache else np.float32, pages)
-        self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len)
+        self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len,
+                               self.spread_from <= max_rows)
         pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))
-        self.steps = Steps(pool, reducer, self.faults, schedule)
-        self.logits = np.zeros((max_outputs if stage.last else 0, len(share.vocabulary)), np.float32)
-        if stage.first:
-            self._add_embedding()
+        self._make_outputs(max_outputs)
+        self._embedded = reducer.region(self.residual) if stage.first else None
         self.layers = [ParallelLayer(number, layer, self.buffers)
                        for number, layer in zip(stage.layers, weights.layers, strict=True)]
+        self.steps = self._steps(Steps(pool, reducer, self.faults, schedule))
+        self._spread = None
+        if self.spread_from <= max_rows:
+            self._spread = self._steps(Steps(pool, reducer, self.faults, schedule, spread=True))
+
+    def _make_outputs(self, max_outputs: int) -> None:
+        """Arrays of the last stage: normed outputs, logits, and for sampling the keys and sums of segments of the vocabulary."""
+        self.logits = np.zeros((max_outputs if self.stage.last else 0, len(self.share.vocabulary)), np.float32)
+        if self.stage.last:
+            self._selected = Activation(max_outputs, self.config.hidden_size, BLOCK, self.weights.head.weights.quantized)
+            tiles = -(-self.config.vocab_size // (VOCABULARY_TILE * self.reducer.size))
+            segments = -(-tiles * VOCABULARY_TILE // sampling.SEGMENT)      # of the rank that holds most
+            self.best, self.totals = (np.zeros((max_outputs, segments), np.int64) for _ in range(2))
+            self._best, self._totals = self.reducer.region(self.best), self.reducer.region(self.totals)
+
+    def _steps(self, steps: Steps) -> Steps:
+        """All of the stage."""
+        if self.stage.first:
+            self._add_embedding(steps)
         for layer in self.layers:
-            layer.add(self.steps)
-        if stage.last:
-            self._add_head(max_outputs)
+            layer.add(steps)
+        if steps.spread:
+            steps.gather_residual(self.buffers.residual_region)
+        if self.stage.last:
+            self._add_head(steps)
+        return steps
 
     @property
     def residual(self) -> np.ndarray:
@@ -136,12 +185,15 @@ class TransformerStage:
 
     def forward(self, batch: Batch) -> None:
         """Runs the stage's layers on the residual; on the last stage also the logits [outputs, vocabulary of this rank]."""
-        self.buffers.load(batch, self.steps)
-        self.steps.run()
+        spread = batch.rows >= self.spread_from
+        self.spread_steps += spread
+        steps = self._spread if spread else self.steps
+        self.buffers.load(batch, steps)
+        steps.run()
 
-    def _add_embedding(self) -> None:
-        table, b, steps = self.weights.embedding.weights, self.buffers, self.steps
-        rows = self.reducer.region(b.residual)
+    def _add_embedding(self, steps: Steps) -> None:
+        table, b = self.weights.embedding.weights, self.buffers
+        rows = self._embedded       # of which each rank has those whose tokens are in its vocabulary
         forms = {"halves": elementwise.INT8, "nibble": elementwise.INT4, "f32": elementwise.FLOAT32, "f16": elementwise.FLOAT16}
         steps.program.add((0, ("embedding",)), elementwise.embedding_operation, elementwise.EMBEDDING,
                           ONE_TASK.record(steps.pool.threads), rows=steps.rows, tokens=b.tokens,
@@ -150,22 +202,18 @@ class TransformerStage:
         if self.reducer.size > 1:
             steps.join(rows, joining.BITS, steps.rows, b.residual)
 
-    def _add_head(self, max_outputs: int) -> None:
+    def _add_head(self, steps: Steps) -> None:
         """Logits of this rank's vocabulary, and what sampling needs of the whole one: the largest logit, the sum of weights."""
-        b, head, steps = self.buffers, self.weights.head, self.steps
-        selected = Activation(max_outputs, self.config.hidden_size, BLOCK, head.weights.quantized)
-        b.add_norm(steps, self.weights.final_norm, selected, steps.outputs, "final_norm", selected=b.selected)
-        ColumnParallelLinear(0, {"head": head}).add(steps, selected, {"head": self.logits}, steps.outputs)
-        tiles = -(-self.config.vocab_size // (VOCABULARY_TILE * self.reducer.size))
-        segments = -(-tiles * VOCABULARY_TILE // sampling.SEGMENT)      # of the rank that holds most
-        self.best, self.totals = (np.zeros((max_outputs, segments), np.int64) for _ in range(2))
-        best, totals = self.reducer.region(self.best), self.reducer.region(self.totals)
+        b, head = self.buffers, self.weights.head
+        b.add_norm(steps, self.weights.final_norm, self._selected, steps.outputs, "final_norm", selected=b.selected)
+        ColumnParallelLinear(0, {"head": head}).add(steps, self._selected, {"head": self.logits}, steps.outputs)
         fields = {"rows": steps.outputs, "logits": self.logits, "stride": self.logits.shape[1], "columns": self.logits.shape[1],
-                  "first": self.share.vocabulary.start, "segments": segments, "best": self.best, "totals": self.totals}
+                  "first": self.share.vocabulary.start, "segments": self.best.shape[1]}
         work = ONE_TASK.record(steps.pool.threads)
-        steps.program.add((0, ()), sampling.best_operation, sampling.LOGITS, work, **fields | {"best": best.own})
+        best, totals = self._best.own, self._totals.own
+        steps.program.add((0, ()), sampling.best_operation, sampling.LOGITS, work, best=best, totals=totals, **fields)
         if self.reducer.size > 1:
-            steps.join(best, joining.MAXIMUM, steps.outputs, self.best)
-        steps.program.add((0, ()), sampling.totals_operation, sampling.LOGITS, work, **fields | {"totals": totals.own})
+            steps.join(self._best, joining.MAXIMUM, steps.outputs, self.best)
+        steps.program.add((0, ()), sampling.totals_operation, sampling.LOGITS, work, best=self.best, totals=totals, **fields)
         if self.reducer.size > 1:
-            steps.join(totals, joining.SUM, steps.outputs, self.totals)
+            steps.join(self._totals, joining.SUM, steps.outputs, self.totals)

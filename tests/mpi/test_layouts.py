@@ -14,7 +14,8 @@ VARIED = (
     Layout(threads=2), Layout("1x1x2", threads=2), Layout("2x2x2", options="--max-seqs 3"), Layout("1x2x2", mpi="mpich"),
     Layout("2x2x2", options="--max-seqs 1 --prefill-micro-batch 7"), Layout(options="--no-prefix-sharing"),
     Layout("1x5x1", options="--micro-batches 7 --decode-micro-batch 2"), Layout("1x1x3", options="--reduce mpi"),
-    Layout("1x1x3", options="--reduce one-sided"),
+    Layout("1x1x3", options="--reduce one-sided"), Layout("1x1x5", options="--sequence-parallel 2"),
+    Layout("2x2x2", options="--sequence-parallel 1"), Layout("1x1x3", options="--sequence-parallel 20 --reduce mpi"),
 )  # fmt: skip
 SMALL = {"random": PLAIN + VARIED, "stories260K": PLAIN + VARIED, "stories15M": PLAIN}
 
@@ -101,7 +102,9 @@ def check_mechanism(outcome, layout):
     places = {(rank["data"], rank["stage"], rank["tensor"]) for rank in table}
     assert len(places) == len(table) == layout.ranks
     assert all((rank["reductions"] > 0) == (rank["reduce_seconds"] > 0) == (tensor > 1) for rank in table)
-    asked = layout.options.partition("--reduce ")[2] or "shared"
+    spread = "--sequence-parallel" in layout.options and tensor > 1
+    assert all((rank["sequence_parallel_steps"] > 0) == spread for rank in table if rank["steps"])
+    asked = layout.options.partition("--reduce ")[2].partition(" ")[0] or "shared"
     assert {rank["reduce"] for rank in table} == {asked if tensor > 1 else "mpi"}
     assert sum(rank["answers"] for rank in table) == sum(answers_of_replicas(outcome)) == 16
 

@@ -61,24 +61,31 @@ def test_logits_and_packed_weights_on_every_grid(comm, checkpoints, name, weight
         assert model.channel.bytes_sent == (0 if stage.last else sent)
 
 
+@pytest.mark.parametrize(("weights_format", "spread_from"), [("q8", 0), ("q8", 1), ("q8", 3), ("f32", 1)])
 @pytest.mark.parametrize("mode", MODES)
-def test_logits_with_every_reducer(comm, checkpoints, mode):
-    """All ranks, or as many as there are query heads, as one tensor group."""
+def test_logits_with_every_reducer(comm, checkpoints, mode, weights_format, spread_from):
+    """All ranks, or as many as there are query heads, as one tensor group, to which rows are dealt if ``spread_from`` says so."""
     group = comm.Split(0 if comm.rank < 4 else MPI.UNDEFINED, comm.rank)
     if group != MPI.COMM_NULL:
         expected = None
         if comm.rank == 0:
-            alone = GridModel(checkpoints / "deep", "q8", MPI.COMM_SELF, 1, 1, sequences=2)
+            alone = GridModel(checkpoints / "deep", weights_format, MPI.COMM_SELF, 1, 1, sequences=2, spread_from=spread_from)
             expected = [alone.forward(batch) for batch in steps(alone.config.vocab_size)]
+            assert alone.stage.spread_steps == 0
         expected = group.bcast(expected)
-        model = GridModel(checkpoints / "deep", "q8", group, 1, group.size, sequences=2, reduce=mode)
+        model = GridModel(checkpoints / "deep", weights_format, group, 1, group.size, sequences=2, reduce=mode,
+                          spread_from=spread_from)
         reducer = model.stage.reducer
         assert reducer.mode == (mode if group.size > 1 else "mpi")
         for batch, logits in zip(steps(model.config.vocab_size), expected, strict=True):
             found = model.forward(batch)
             assert found is None or np.array_equal(bits(found), bits(logits))
+        sizes = [batch.rows for batch in steps(model.config.vocab_size)]
+        spread = sum(rows >= spread_from for rows in sizes) if spread_from and group.size > 1 else 0
+        assert model.stage.spread_steps == spread and sizes == [12, 12, 2, 2, 2]
         joins = len(expected) * (2 * model.config.num_layers + 3)
-        assert reducer.calls == (joins if group.size > 1 else 0) and (reducer.nanoseconds[0] > 0) == (group.size > 1)
+        assert spread or reducer.calls == (joins if group.size > 1 else 0)
+        assert (reducer.nanoseconds[0] > 0) == (group.size > 1)
         group.Barrier()
         reducer.free()
 
@@ -97,7 +104,7 @@ def test_the_parts_of_a_layer(comm, checkpoints, name, weights_format):
         for calls, part in enumerate((layer.attention, layer.mlp), 1):
             steps = Steps(shared_pool(1), stage.reducer, stage.faults)
             b.add_norm(steps, layer.weights.mlp_norm, b.normed, steps.rows, "mlp_norm", 1)
-            part.add(steps)
+            part.add(steps, b.normed)
             stage.residual[: batch.rows] = residual
             b.load(batch, steps)
             steps.run()

@@ -103,7 +103,7 @@ def test_joins_inside_of_a_step(comm, mode, threads):
         for kind, region in regions.items():
             region.own[:count] = part_of(kind, comm.rank, comm.size, turn, (rows, columns))[:count]
         time.sleep(0.003 * ((comm.rank + turn) % 3))
-        steps.counts[:] = count, 0, 0
+        steps.rows[:] = count
         steps.run()
         for kind, target in targets.items():
             expected = joined(kind, [part_of(kind, r, comm.size, turn, (rows, columns)) for r in range(comm.size)], before)
