@@ -59,6 +59,8 @@ class Job(ModelJob):
     def _read(self) -> list[ReadyRequest]:
         """First rank: everything about the prompts and the output that can be checked before a weight is read."""
         check_output_path(self.args.output, self.args.overwrite)
+        if self.args.trace:
+            check_output_path(self.args.trace, overwrite=True)
         self.requests = read_requests(self.args.prompts, self.params)
         checkpoint = self.examine()
         tokenizer = load_tokenizer(checkpoint.path)
