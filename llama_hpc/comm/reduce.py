@@ -26,8 +26,8 @@ class Region:
 class TensorReducer:
     """Joins over the ranks of one communicator by MPI. Every method is collective over it; one rank needs no call.
 
-    Of the steps of a model, ``calls`` counts joins, ``bytes`` what this rank gave to them, and ``nanoseconds`` (an int64 [1]) the
-    time that they took.
+    Of the steps of a model, ``calls`` counts joins, ``numbers`` and ``bytes`` what this rank gave to them, and ``nanoseconds``
+    (an int64 [1]) the time that they took.
     """
 
     mode = "mpi"
@@ -35,6 +35,7 @@ class TensorReducer:
 
     def __init__(self, comm: MPI.Comm):
         self.comm, self.size, self.calls, self.bytes = comm, comm.size, 0, 0
+        self.numbers = 0
         self.nanoseconds = np.zeros(1, np.int64)
 
     def region(self, array: np.ndarray) -> Region:
@@ -67,12 +68,12 @@ class TensorReducer:
 
     def work(self) -> dict[str, str | int | float]:
         """What was done since ``reset``."""
-        return {"reduce": self.mode, "reductions": self.calls, "reduce_bytes": self.bytes,
+        return {"reduce": self.mode, "reductions": self.calls, "reduce_numbers": self.numbers, "reduce_bytes": self.bytes,
                 "reduce_seconds": float(self.nanoseconds[0]) / 1e9}
 
     def reset(self) -> None:
         """Sets the counters to zero."""
-        self.calls = self.bytes = 0
+        self.calls = self.bytes = self.numbers = 0
         self.nanoseconds[0] = 0
 
     def common(self, size: int) -> np.ndarray | None:

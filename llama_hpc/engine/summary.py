@@ -63,13 +63,15 @@ def _cache(ranks: Sequence[RankReport]) -> list[str]:
 
 
 def _traffic(ranks: Sequence[RankReport]) -> list[str]:
-    """Bytes sent, for each token that was run."""
+    """Bytes sent to other stages for each token that was run, and into reductions for each number."""
     lines = []
     tokens = sum(r.work["tokens"] for r in ranks if (r.stage, r.tensor) == (0, 0))
-    for name, what in (("bytes_sent", "between stages"), ("reduce_bytes", "into reductions")):
-        total = sum(r.work[name] for r in ranks)
-        if total:
-            lines.append(f"{total / 1e6:.1f} MB {what}, {total / max(1, tokens):.0f} bytes a token")
+    sent, reduced, numbers = (sum(r.work[name] for r in ranks) for name in ("bytes_sent", "reduce_bytes", "reduce_numbers"))
+    if sent:
+        lines.append(f"{sent / 1e6:.1f} MB between stages, {sent / max(1, tokens):.0f} bytes a token")
+    if reduced:
+        lines.append(f"{reduced / 1e6:.1f} MB into reductions ({', '.join(sorted({r.work['reduce'] for r in ranks}))}), "
+                     f"{reduced / numbers:.2f} bytes a number, from each rank")
     return lines
 
 

@@ -28,7 +28,7 @@ class Steps:
         self.rows, self.outputs, self.runs, self.first, self.own = (self.counts[i : i + 1] for i in range(5))
         self.program = Program(pool)
         self._actions: list = [self.program]
-        self._joined: list[tuple[int, np.ndarray]] = []     # bytes a row, and how many rows
+        self._joined: list[tuple[int, int, np.ndarray]] = []    # numbers and bytes of a row, and how many rows
 
     def join(self, region: Region, kind: int, count: np.ndarray, target: np.ndarray, bias: np.ndarray | None = None,
              name=(0, ())) -> None:
@@ -37,9 +37,12 @@ class Steps:
         ``kind``: see ``joining``; ``count``: one of the views of ``counts``.
         """
         self.reducer.bring_together(self, region, kind, count)
-        self._joined.append((region.own[:1].nbytes, count))
+        self._note_join(region.own, count)
         if region.own is not target:
             self.add_join(region.parts, kind, count, target, bias, name)
+
+    def _note_join(self, array: np.ndarray, count: np.ndarray) -> None:
+        self._joined.append((array[:1].size, array[:1].nbytes, count))
 
     def add_sums(self, region: Region, residual: np.ndarray, bias: np.ndarray | None, name) -> None:
         """Appends what adds the sums of all ranks to the residual, in ``spread`` steps to this rank's own rows."""
@@ -52,7 +55,7 @@ class Steps:
         else:
             self.call(self.reducer.scatter_sum, region.own, self.rows)
             parts = np.array([address(region.own)])
-        self._joined.append((region.own[:1].nbytes, self.rows))
+        self._note_join(region.own, self.rows)
         self.add_join(parts, joining.FINISH, self.own, residual, bias, name, offset=self.first)
 
     def spread_out(self, arrays: list[np.ndarray]) -> None:
@@ -62,7 +65,7 @@ class Steps:
             return
         for array in arrays:
             self.call(self.reducer.gather_rows, array, self.rows)
-            self._joined.append((array[:1].nbytes, self.own))
+            self._note_join(array, self.own)
 
     def gather_residual(self, region: Region) -> None:
         """Appends what completes the residual, which is ``region.own``, on every rank."""
@@ -106,7 +109,9 @@ class Steps:
                 function(array[: count[0]])
                 self.reducer.nanoseconds[0] += time.monotonic_ns() - start
         self.reducer.calls += len(self._joined)
-        self.reducer.bytes += sum(size * int(count[0]) for size, count in self._joined)
+        for numbers, size, count in self._joined:
+            self.reducer.numbers += numbers * int(count[0])
+            self.reducer.bytes += size * int(count[0])
 
     def _note(self, program: Program) -> None:
         """The first fault of a program: two bits for each of the tensors that an operation is named after."""

@@ -11,7 +11,7 @@ from llama_hpc.engine.metrics import PHASES, Recorder, spread
 from llama_hpc.engine.summary import RankReport, arrays, summary, trace
 
 WORK = {"steps": 10, "tokens": 1000, "shared_tokens": 160, "setbacks": 2, "pages": 40, "pages_used": 10, "bytes_sent": 0,
-        "reduce": "mpi", "reductions": 0, "reduce_bytes": 0, "reduce_seconds": 0.0}
+        "reduce": "mpi", "reductions": 0, "reduce_numbers": 0, "reduce_bytes": 0, "reduce_seconds": 0.0}
 
 
 class Clock:
@@ -68,13 +68,14 @@ def test_long_runs_are_thinned_and_their_sums_exact(clock, monkeypatch):
 
 
 def test_the_summary_names_bubbles_balance_and_traffic(clock):
-    ranks = [report(record(clock, 20), stage=stage, bytes_sent=500_000 * (stage == 0)) for stage in range(2)]
+    traffic = {"bytes_sent": 500_000, "reduce": "shared", "reduce_numbers": 1000, "reduce_bytes": 7900}
+    ranks = [report(record(clock, 20), stage=stage, **(traffic if stage == 0 else {})) for stage in range(2)]
     lines, warnings = summary(ranks)
     text = "\n".join(lines)
     assert "compute 53.3 %" in text and "reduce 13.3 %" in text and "wait 20.0 %" in text
     assert "bubble (share of the time in which a stage waits): 20.0 %, 20.0 %" in text
     assert "1000 tokens run, 160 found in the cache, 2 sequences set back, 25.0 % of the cache used" in text
-    assert "0.5 MB between stages, 500 bytes a token" in text and "into reductions" not in text
+    assert "0.5 MB between stages, 500 bytes a token" in text and "(mpi, shared), 7.90 bytes a number" in text
     assert not warnings
 
 
