@@ -1,10 +1,12 @@
 """Attention over a paged KV cache on the CPU, canonical: one definition for prefill, decode, chunks and any cut.
 
 The cache holds pages of 16 positions: keys [pages, kv_heads, head_dim, 16], values [pages, kv_heads, 16, padded
-head_dim], float16 bits (uint16) or float32. Attention blocks of 256 positions start at absolute multiples of 256. Each
+head_dim], float16 bits (uint16), float32 or int8. Int8 pools come with one scale for each position and KV head, float16 bits
+[pages, kv_heads, 16], and hold rint(x / scale): see ``reference.quantize_heads``. Attention blocks of 256 positions start at absolute multiples of 256. Each
 block yields its own maximum, its sum of weights as an integer, and chains of weighted values in ascending position;
 blocks are merged as 64-bit fixed point, so neither order nor ownership of blocks changes a bit (the online softmax of
-Milakov & Gimelshein 2018, made exact).
+Milakov & Gimelshein 2018, made exact). The chain of a score runs over the stored keys, then it is multiplied by the scale of
+softmax and by that of the key; the scale of a value multiplies the position's weight, after the sum of weights.
 
 Queries are taken by runs: up to four rows of one sequence at consecutive positions, with all query heads that read one KV head.
 What all of them see is loaded once for all; the few positions that only some rows of a run see follow row by row.
@@ -17,11 +19,21 @@ from numba.extending import intrinsic
 from ..numerics import ATTENTION_BLOCK, FIXED, OK, OUT_OF_RANGE, PAGE, UNFIXED
 from . import simd
 from .activations import activation_at
-from .elementwise import quantize_group, rms_norm
-from .functions import exp, half_bits
-from .memory import atomic_or, float32_at, float64_at, int32_at, int64_at, record, record_pointer, uint16_at
+from .elementwise import largest_magnitude, quantize_group, rms_norm
+from .functions import exp, half_bits, half_value
+from .memory import (
+    atomic_or,
+    float32_at,
+    float64_at,
+    int8_at,
+    int32_at,
+    int64_at,
+    record,
+    record_pointer,
+    uint16_at,
+)
 from .operation import operation
-from .simd import fma_scalar, rint
+from .simd import float_from_bits, fma_scalar, load, multiply, rint, store
 from .simd_attention import merge_blocks, score_pages, shifted, weigh_scores, weigh_values
 from .team import SCRATCH, begin, chunk, member_words, work_at
 
@@ -32,15 +44,16 @@ _NOWHERE = np.float32(-np.inf)  # the maximum of a block in which a query sees n
 
 # q, k, v: float32 [rows, stride], q and k changed in place; sequences, positions: int32 [rows]; cosines, sines: float32
 # [positions, head_dim / 2]; pages: int32 [sequences, pages_stride]; q_norm, k_norm: float32 [head_dim], or 0; rows: an int64;
-# eps: a float64. half: whether the pools hold float16 bits.
+# eps: a float64. half: whether the pools hold float16 bits; they hold int8 where there are key_scales and value_scales, uint16.
 STORE = record("team", "status", "work", "rows", "q", "k", "v", "q_stride", "k_stride", "v_stride", "cosines", "sines",
                "sequences", "positions", "pages", "pages_stride", "keys", "values", "heads", "kv_heads", "head_dim", "q_norm",
-               "k_norm", "eps", "half")
+               "k_norm", "eps", "half", "key_scales", "value_scales")
 # runs: int32 [run_count, 2], first row and number of rows; head_starts: int32 [kv_heads + 1], the first query head of each KV
 # head; window: visible positions, 0 for all; run_count: an int64; scale: a float32; target: a record ACTIVATION; scratch: bytes
-# into the member's scratch.
+# into the member's scratch; key_scales, value_scales: uint16 of int8 pools, else 0.
 ATTENTION = record("team", "status", "work", "runs", "run_count", "q", "q_stride", "keys", "values", "pages", "pages_stride",
-                   "sequences", "positions", "head_starts", "kv_heads", "head_dim", "window", "scale", "target", "scratch")
+                   "sequences", "positions", "head_starts", "kv_heads", "head_dim", "window", "scale", "target", "scratch",
+                   "key_scales", "value_scales")
 
 
 @intrinsic
@@ -104,6 +117,22 @@ def _store_half(source, target, stride, count):
     return OUT_OF_RANGE if beyond else OK
 
 
+@njit(cache=True, error_model="numpy")
+def _store_int8(source, bits, target, stride, count, scale):
+    """target[i * stride] = rint(source[i] / scale) and the scale: ``reference.quantize_heads``; returns a kernel status.
+
+    ``bits`` is the source seen as int32, ``scale`` points to float16 bits.
+    """
+    exact = float_from_bits(largest_magnitude(bits, 0, count)) / np.float32(127)
+    nearest = half_bits(exact)
+    scale[0] = nearest + np.uint16(half_value(nearest) < exact)
+    known = half_value(scale[0])
+    inverse = np.float32(1) / known if known > 0 else np.float32(0)
+    for i in range(count):
+        target[i * stride] = np.int32(rint(source[i] * inverse))
+    return OUT_OF_RANGE if scale[0] >= np.uint16(0x7C00) else OK
+
+
 @njit(cache=True)
 def _store_head(op, row, kv_head, k, v):
     """One row's key and value of one KV head, at addresses, go to their page; returns a kernel status."""
@@ -111,6 +140,11 @@ def _store_head(op, row, kv_head, k, v):
     page = int32_at(op.pages)[int32_at(op.sequences)[row] * op.pages_stride + position // PAGE]
     head, slot, width = page * op.kv_heads + kv_head, position % PAGE, (head_dim + LANES - 1) // LANES * LANES
     key, value = head * head_dim * PAGE + slot, (head * PAGE + slot) * width
+    if op.key_scales:
+        at = 2 * (head * PAGE + slot)
+        return (_store_int8(float32_at(k), int32_at(k), int8_at(op.keys + key), PAGE, head_dim, uint16_at(op.key_scales + at))
+                | _store_int8(float32_at(v), int32_at(v), int8_at(op.values + value), 1, head_dim,
+                              uint16_at(op.value_scales + at)))
     if op.half:
         return (_store_half(float32_at(k), uint16_at(op.keys + 2 * key), PAGE, head_dim)
                 | _store_half(float32_at(v), uint16_at(op.values + 2 * value), 1, head_dim))
@@ -179,6 +213,19 @@ def _gather(q, stride, rows, heads, head_dim, queries):
 
 
 @njit(cache=True)
+def _scale(scores, count, table, scales, kv_heads, first, last):
+    """Multiplies scores, or weights, of ``count`` queries in the pages first … last of a block by the scales of the positions.
+
+    ``scales``: an address, where the first page keeps those of the KV head.
+    """
+    for page in range(first, last + 1):
+        factors, slot = load(uint16_at(scales), table[page] * kv_heads * PAGE), page % _PAGES * PAGE
+        for query in range(count):
+            at = query * ATTENTION_BLOCK + slot
+            store(scores, at, multiply(load(scores, at), factors))
+
+
+@njit(cache=True)
 def _weigh(pools, table, ahead, block, query, count, width, low, high, scores, chains):
     """Values of positions low … high - 1 of a block for ``count`` queries from ``query`` on."""
     _, key_stride, values, value_stride = pools
@@ -189,7 +236,7 @@ def _weigh(pools, table, ahead, block, query, count, width, low, high, scores, c
 
 
 @njit(cache=True)
-def _block(op, pools, table, ahead, position, rows, heads, width, block, queries, scores, maxima, sums, chains):
+def _block(op, kv_head, pools, table, ahead, position, rows, heads, width, block, queries, scores, maxima, sums, chains):
     """One block for a run: float32 maxima, sums [queries] and chains [queries, width], row by row and head by head.
 
     pools: keys and values of the KV head, each with the elements from page to page; ahead: what ``weigh_values`` asks for.
@@ -197,8 +244,12 @@ def _block(op, pools, table, ahead, position, rows, heads, width, block, queries
     keys, key_stride, values, value_stride = pools
     count, page, window = rows * heads, block * _PAGES, op.window
     low, high = _visible(position, window, block)[0], _visible(position + rows - 1, window, block)[1]
-    score_pages(float32_at(queries), count, op.head_dim, keys, key_stride, values, value_stride, table, page + low // PAGE,
-                page + (high - 1) // PAGE, float32_at(op.scale)[0], float32_at(scores))
+    first, last = page + low // PAGE, page + (high - 1) // PAGE
+    score_pages(float32_at(queries), count, op.head_dim, keys, key_stride, values, value_stride, table, first, last,
+                float32_at(op.scale)[0], float32_at(scores))
+    scales_at = 2 * kv_head * PAGE
+    if op.key_scales:
+        _scale(float32_at(scores), count, table, op.key_scales + scales_at, op.kv_heads, first, last)
     maximum, total, chain = float32_at(maxima), float32_at(sums), float32_at(chains)
     for query in range(count):
         low, high = _visible(position + query // heads, window, block)
@@ -207,6 +258,8 @@ def _block(op, pools, table, ahead, position, rows, heads, width, block, queries
             total[query] = np.float32(np.float64(whole) * UNFIXED)
         else:
             maximum[query], total[query] = _NOWHERE, np.float32(0)
+    if op.value_scales:
+        _scale(float32_at(scores), count, table, op.value_scales + scales_at, op.kv_heads, first, last)
     for i in range(count * width):
         chain[i] = np.float32(0)
     # What all rows see is read once for all, between what only earlier rows see (of a window) and what only later ones see.
@@ -267,8 +320,8 @@ def _run(op, keys, values, target, run, kv_head, scratch):
     for b in range(blocks):
         # What comes next: the keys of the next block, or of the first one for the next KV head.
         next_keys, further = (own, _PAGES) if b + 1 < blocks else (following, (1 - blocks) * _PAGES)
-        _block(op, pools, table, (next_keys, further, (position + rows - 1) // PAGE), position, rows, heads, width, first + b,
-               scratch + queries, scratch, scratch + maxima + 4 * b * count, scratch + sums + 4 * b * count,
+        _block(op, kv_head, pools, table, (next_keys, further, (position + rows - 1) // PAGE), position, rows, heads, width,
+               first + b, scratch + queries, scratch, scratch + maxima + 4 * b * count, scratch + sums + 4 * b * count,
                scratch + chains + 4 * b * count * width)
     weights, total = float32_at(scratch + maxima), int64_at(scratch + totals)
     _weigh_blocks(weights, float32_at(scratch + sums), blocks, count, float32_at(scratch + largest), total)
@@ -310,3 +363,10 @@ def float32_attention_operation(member, where):
     """Attention over float32 pools."""
     op = carray(_attention_at(where), 1)[0]
     _attention(member, op, float32_at(op.keys), float32_at(op.values))
+
+
+@operation
+def int8_attention_operation(member, where):
+    """Attention over pools of int8, with scales."""
+    op = carray(_attention_at(where), 1)[0]
+    _attention(member, op, int8_at(op.keys), int8_at(op.values))

@@ -12,7 +12,7 @@ from llama_hpc.kernels.cpu.program import Program
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
 from llama_hpc.kernels.numerics import NOT_FINITE, OK, OUT_OF_RANGE, PAGE, rope_table
 
-DTYPES = np.uint16, np.float32
+DTYPES = np.uint16, np.float32, np.int8
 KV_OF_HEAD = 0, 0, 1, 1, 1
 # Sequence and position of each row: first and last of pages and blocks, one query at a time and runs of several.
 SEQUENCES = [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3]
@@ -51,7 +51,8 @@ def queries(rows, head_dim, seed=5, heads=5):
 class Cache:
     """Keys and values of a few sequences in shuffled pages; slots never written are NaN.
 
-    ``keys`` and ``values`` [sequence]: float32 [length, kv_heads, head_dim], as stored (rounded to float16 for uint16).
+    ``keys`` and ``values`` [sequence]: float32 [length, kv_heads, head_dim], as stored (rounded to float16 for uint16, quantised
+    for int8, whose scales are in ``scale_pools``: of keys, of values).
     """
 
     def __init__(self, lengths, kv_heads, head_dim, dtype, seed=0, size=1.0):
@@ -60,7 +61,9 @@ class Cache:
         count = per_sequence * len(lengths) + 3
         self.dtype, self.head_dim = np.dtype(dtype), head_dim
         self.pages = rng.permutation(count)[: per_sequence * len(lengths)].astype(np.int32).reshape(-1, per_sequence)
-        unwritten = 0x7E00 if self.dtype == np.uint16 else np.nan
+        unwritten = {"u": 0x7E00, "f": np.nan, "i": -128}[self.dtype.kind]
+        scales = [np.full((count, kv_heads, PAGE), 0x7E00, np.uint16) for _ in range(2)]
+        self.scale_pools = scales if self.dtype == np.int8 else [None, None]
         self.key_pool = np.full((count, kv_heads, head_dim, PAGE), unwritten, dtype)
         self.value_pool = np.full((count, kv_heads, PAGE, attention.padded_head_dim(head_dim)), unwritten, dtype)
         shape = kv_heads, head_dim
@@ -68,10 +71,16 @@ class Cache:
         self.values = [self.rounded(normal((length, *shape), rng.integers(1 << 30))) for length in lengths]
 
     def rounded(self, x):
+        if self.dtype == np.int8:
+            status, values, scales = reference.quantize_heads(x)
+            assert status == OK
+            return values * scales.view(np.float16).astype(np.float32)[:, :, None]
         return x.astype(np.float16).astype(np.float32) if self.dtype == np.uint16 else x
 
     def stored(self, x):
         """float32 in the pools' dtype."""
+        if self.dtype == np.int8:
+            return reference.quantize_heads(x.reshape(len(x), -1, self.head_dim))[1].reshape(x.shape)
         return x.astype(np.float16).view(np.uint16) if self.dtype == np.uint16 else x
 
     def write(self, sequences=None, start=0, stop=None):
@@ -81,13 +90,20 @@ class Cache:
             positions = np.arange(start, start + len(keys), dtype=np.int32)
             slots = np.full(len(keys), s, np.int32)
             reference.store(keys, values, self.key_pool, self.value_pool, self.pages, slots, positions, len(keys))
+            self.write_scales((self.keys[s][start:stop], self.values[s][start:stop]), slots, positions)
         return self
+
+    def write_scales(self, both, sequences, positions):
+        """Those of float32 keys and values [rows, kv_heads, head_dim]."""
+        for x, pool in zip(both, self.scale_pools, strict=True):
+            if pool is not None:
+                reference.store_scales(reference.quantize_heads(x)[2], pool, self.pages, sequences, positions, len(x))
 
     def expected(self, q, sequences, positions, kv_of_head, window=0):
         """(status, out) of the reference."""
         out = np.full(q.shape, np.nan, np.float32)
         status = reference.attention(q, self.key_pool, self.value_pool, self.pages, np.array(sequences), np.array(positions),
-                                     np.array(kv_of_head), window, self.head_dim**-0.5, out, None, len(q))
+                                     np.array(kv_of_head), window, self.head_dim**-0.5, out, None, len(q), *self.scale_pools)
         return status, out
 
     def attend(self, q, sequences, positions, kv_of_head, window=0, threads=1, single=False, target=None):
@@ -104,12 +120,14 @@ class Cache:
             own[:] = 0xFF
         kv_heads = self.key_pool.shape[1]
         head_starts = np.searchsorted(kv_of_head, range(kv_heads + 1)).astype(np.int32)
-        operation = attention.attention_operation if self.dtype == np.uint16 else attention.float32_attention_operation
+        operation = {"u": attention.attention_operation, "f": attention.float32_attention_operation,
+                     "i": attention.int8_attention_operation}[self.dtype.kind]
         status = operate(
             threads, operation, attention.ATTENTION, runs=runs, run_count=np.array([count]), q=q,
             q_stride=q.shape[1], keys=self.key_pool, values=self.value_pool, pages=self.pages, pages_stride=self.pages.shape[1],
             sequences=sequences, positions=positions, head_starts=head_starts, kv_heads=kv_heads, head_dim=head_dim,
-            window=window, scale=np.array([head_dim**-0.5], np.float32), target=target.record, scratch=128)
+            window=window, scale=np.array([head_dim**-0.5], np.float32), target=target.record, scratch=128,
+            key_scales=self.scale_pools[0], value_scales=self.scale_pools[1])
         return status, target.values
 
 
@@ -170,7 +188,7 @@ def test_windows(window):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_window_of_one_returns_the_value(dtype):
     cache = Cache([300], 2, 20, dtype)
-    cache.values[0][:] = np.rint(cache.values[0] * 1024) / 1024
+    cache.values[0] = cache.rounded(np.rint(cache.values[0] * 1024) / 1024)
     cache.write()
     status, out = cache.attend(queries(3, 20, heads=2), [0, 0, 0], [0, 17, 299], (0, 1), window=1)
     assert status == OK
@@ -300,7 +318,8 @@ class Rows:
             q_stride=self.both.shape[1], k_stride=self.both.shape[1], v_stride=self.both.shape[1], cosines=self.table[0],
             sines=self.table[1], sequences=self.sequences, positions=self.positions, pages=cache.pages,
             pages_stride=cache.pages.shape[1], keys=cache.key_pool, values=cache.value_pool, heads=3, kv_heads=2,
-            head_dim=self.head_dim, q_norm=norms[0], k_norm=norms[1], eps=self.eps, half=cache.dtype == np.uint16)
+            head_dim=self.head_dim, q_norm=norms[0], k_norm=norms[1], eps=self.eps, half=cache.dtype == np.uint16,
+            key_scales=cache.scale_pools[0], value_scales=cache.scale_pools[1])
 
     def reference_store(self, normed):
         """The same by the plain rules."""
@@ -315,6 +334,11 @@ class Rows:
         if self.cache.dtype == np.uint16:
             keys, values = (np.empty(x.shape, np.uint16) for x in (self.k, self.v))
             assert reference.to_half(self.k, keys, self.rows) == reference.to_half(self.v, values, self.rows) == OK
+        if self.cache.dtype == np.int8:
+            both = [np.ascontiguousarray(x).reshape(self.rows, 2, self.head_dim) for x in (self.k, self.v)]
+            (key_status, keys, _), (value_status, values, _) = map(reference.quantize_heads, both)
+            assert key_status == value_status == OK
+            self.cache.write_scales(both, self.sequences, self.positions)
         reference.store(keys, values, self.cache.key_pool, self.cache.value_pool, self.cache.pages, self.sequences,
                         self.positions, self.rows)
 
@@ -329,6 +353,8 @@ def test_storing_follows_the_reference(dtype, head_dim, normed, threads):
     assert_same(ours.q, theirs.q)
     assert_same(ours.cache.key_pool, theirs.cache.key_pool)
     assert_same(ours.cache.value_pool, theirs.cache.value_pool)
+    for pools in zip(ours.cache.scale_pools, theirs.cache.scale_pools, strict=True) if dtype == np.int8 else ():
+        assert_same(*pools)
 
 
 @pytest.mark.parametrize("bad", [65520.0, -1e9, np.inf, np.nan])
@@ -346,3 +372,35 @@ def test_a_norm_of_what_is_not_finite_is_reported():
     rows = Rows(16, np.float32)
     rows.q[7, 3] = np.nan
     assert rows.store(normed=True) == NOT_FINITE
+
+
+def int8_rows(head):
+    """The operation's pools after one head of values, and its status; keys as well where they need no rotation."""
+    rows = Rows(len(head), np.int8, rows=6)
+    rows.v[:] = np.tile(head, 2)
+    return rows.store(), rows
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-8, 1e-6, 7e-4, 1.0, 127.0, 6e4, 8.3e6])
+def test_int8_values_of_any_size(size):
+    """As the reference quantises them, within half a step of what was given, and no scale below the greatest value / 127."""
+    head = np.r_[1.0, -1.0, normal(14, 2) / 4].astype(np.float32) * np.float32(size)
+    status, rows = int8_rows(head)
+    page, slot = rows.cache.pages[0, 2], 3
+    found, scales = rows.cache.value_pool[page, 0, slot], rows.cache.scale_pools[1][page, 0, slot]
+    _, values, expected = reference.quantize_heads(head[None, None])
+    assert status == OK
+    assert_same(found, values[0, 0])
+    assert scales == expected[0, 0]
+    scale = float(scales.view(np.float16))
+    assert (np.abs(found * scale - head.astype(np.float64)) <= scale * 0.500001 + 1e-42).all()
+    assert size < 1e-42 or size / 127 * 0.999999 <= scale <= max(size / 127 * 1.001, size / 127 + 2**-24)
+
+
+@pytest.mark.parametrize("bad", [1e7, np.inf, -np.inf, np.nan])
+def test_what_no_scale_can_hold_is_reported(bad):
+    head = np.zeros(16, np.float32)
+    assert int8_rows(head)[0] == OK
+    head[5] = bad
+    assert int8_rows(head)[0] == OUT_OF_RANGE
+    assert reference.quantize_heads(head[None, None])[0] == OUT_OF_RANGE

@@ -60,13 +60,13 @@ def products_in(weights_format):
 
 
 def attention_and_the_rest():
-    for dtype in (np.uint16, np.float32):
+    for dtype in (np.uint16, np.float32, np.int8):
         cache = Cache(LENGTHS, 2, 20, dtype).write()
         for window in (0, 300):
             yield cache.attend(queries(len(POSITIONS), 20), SEQUENCES, POSITIONS, KV_OF_HEAD, window)
         rows = Rows(20, dtype)
         yield rows.store(normed=True), rows.q
-        yield OK, np.nan_to_num(rows.cache.key_pool)
+        yield from ((OK, np.nan_to_num(pool)) for pool in (rows.cache.key_pool, *rows.cache.scale_pools) if pool is not None)
     sums, residual = np.random.default_rng(0).integers(-2**51, 2**51, (3, 40)), normal((3, 40), 2)
     yield operate(joining.join_operation, joining.JOIN, rows=np.array([3]), columns=40, parts=np.array([address(sums)]), ranks=1,
                   kind=joining.FINISH, target=residual, bias=normal(40), spent=np.zeros(1, np.int64)), residual
