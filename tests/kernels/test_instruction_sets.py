@@ -66,7 +66,8 @@ def attention_and_the_rest():
             yield cache.attend(queries(len(POSITIONS), 20), SEQUENCES, POSITIONS, KV_OF_HEAD, window)
         rows = Rows(20, dtype)
         yield rows.store(normed=True), rows.q
-        yield from ((OK, np.nan_to_num(pool)) for pool in (rows.cache.key_pool, *rows.cache.scale_pools) if pool is not None)
+        pools = rows.cache.key_pool, *rows.cache.scale_pools
+        yield from ((OK, np.nan_to_num(pool)) for pool in pools if pool is not None)
     sums, residual = np.random.default_rng(0).integers(-2**51, 2**51, (3, 40)), normal((3, 40), 2)
     yield operate(joining.join_operation, joining.JOIN, rows=np.array([3]), columns=40, parts=np.array([address(sums)]), ranks=1,
                   kind=joining.FINISH, target=residual, bias=normal(40), spent=np.zeros(1, np.int64)), residual
@@ -74,7 +75,8 @@ def attention_and_the_rest():
     maximum, total = sampling.weigh(logits, weights)
     yield OK, np.array([maximum])
     yield OK, np.append(weights, total)
-    yield OK, np.array([choose(logits, 0.8, 50, 0.95, philox((1, 2), (0, i, 0, 0))[0], sampling.weigh) for i in range(50)])
+    numbers = [philox((1, 2), (0, i, 0, 0))[0] for i in range(50)]
+    yield OK, np.array([choose(logits, 0.8, 50, 0.95, 0.0, number, sampling.weigh) for number in numbers])
 
 
 def digest(formats) -> str:
