@@ -24,8 +24,8 @@ from .numerics import (
 )
 from .sampling import weigh
 
-__all__ = ["attention", "embedding", "exp", "finish", "half_bits", "matmul", "quantize_heads", "quantize_rows", "rms_norm", "rope",
-           "sigmoid", "silu_multiply", "store", "store_scales", "to_half", "weigh"]
+__all__ = ["attention", "embedding", "exp", "finish", "half_bits", "matmul", "quantize_heads", "quantize_rows", "rms_norm",
+           "rope", "sigmoid", "silu_multiply", "store", "store_scales", "to_half", "weigh"]
 
 _QUIET = np.errstate(all="ignore")      # infinities and NaN are told by the status
 

@@ -1,12 +1,14 @@
 """Attention over a paged KV cache on the CPU, canonical: one definition for prefill, decode, chunks and any cut.
 
 The cache holds pages of 16 positions: keys [pages, kv_heads, head_dim, 16], values [pages, kv_heads, 16, padded
-head_dim], float16 bits (uint16), float32 or int8. Int8 pools come with one scale for each position and KV head, float16 bits
-[pages, kv_heads, 16], and hold rint(x / scale): see ``reference.quantize_heads``. Attention blocks of 256 positions start at absolute multiples of 256. Each
+head_dim], float16 bits (uint16), float32, or int8 with a scale for each position and KV head, float16 bits [pages, kv_heads, 16]
+(see ``reference.quantize_heads``). Attention blocks of 256 positions start at absolute multiples of 256. Each
 block yields its own maximum, its sum of weights as an integer, and chains of weighted values in ascending position;
 blocks are merged as 64-bit fixed point, so neither order nor ownership of blocks changes a bit (the online softmax of
-Milakov & Gimelshein 2018, made exact). The chain of a score runs over the stored keys, then it is multiplied by the scale of
-softmax and by that of the key; the scale of a value multiplies the position's weight, after the sum of weights.
+Milakov & Gimelshein 2018, made exact).
+
+The chain of a score runs over what is stored; it is multiplied by the scale of softmax, then by that of an int8 key. The scale of
+an int8 value multiplies the position's weight, when the block's weights have been summed.
 
 Queries are taken by runs: up to four rows of one sequence at consecutive positions, with all query heads that read one KV head.
 What all of them see is loaded once for all; the few positions that only some rows of a run see follow row by row.
