@@ -63,7 +63,7 @@ def _show_model(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | 
         # Hosts may differ in ranks; this one stands for all.
         here = sum(host == hosts[0] for host in hosts)
         shape = auto_grid(config, weights, len(hosts), here, available_memory() // here, len(hosts) * args.max_seqs,
-                          args.max_seqs, length, args.kv_cache)
+                          args.max_seqs, length, kv_cache=args.kv_cache)
     shape = shape or GridShape(1, 1, 1)
     ranks = rank_shares(config, weights, shape, args.max_seqs * length, args.kv_cache)
     print(f"\ngrid {shape} (replicas x stages x tensor ranks), {args.max_seqs} sequences of {length} tokens a replica:\n")

@@ -71,7 +71,7 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
     least, shape = min(needs, key=lambda tried: tried[0])
     raise UsageError(
         f"the model and its cache need {least / 2**30:.1f} GiB on a rank even on grid {shape}, but a rank may use "
-        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --kv-cache q8, --max-seqs or "
+        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, --kv-cache q8, or a smaller --weights format, --max-seqs or "
         f"--max-seq-len (score: --token-budget or --window)")
 
 
