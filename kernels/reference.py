@@ -112,7 +112,7 @@ def quantize_heads(x):
 
 
 def store(keys, values, key_pool, value_pool, pages, sequences, positions, rows: int) -> int:
-    """Writes [rows, kv_heads * head_dim] keys and values to their pages: see ``cpu.attention``."""
+    """Writes [rows, kv_heads * head_dim] keys and values to their pages: see ``cpu.kv_store``."""
     heads, head_dim = key_pool.shape[1:3]
     for r in range(rows):
         page, slot = pages[sequences[r], positions[r] // PAGE], positions[r] % PAGE

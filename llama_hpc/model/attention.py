@@ -3,6 +3,7 @@
 import numpy as np
 
 from llama_hpc.kernels.cpu import attention as kernel
+from llama_hpc.kernels.cpu import kv_store
 from llama_hpc.kernels.cpu.workers import ONE_TASK, WorkDistribution
 from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights, RowParallelLinear
 from llama_hpc.model.steps import Steps
@@ -34,7 +35,7 @@ class ParallelAttention:
         shared = {"q": b.q, "q_stride": b.q.shape[1], "pages": pages, "pages_stride": pages.shape[1], "sequences": b.sequences,
                   "positions": b.positions, "kv_heads": b.kv_heads, "head_dim": config.head_dim, **b.cache.pools(self.layer)}
         norms = ("q_norm", "k_norm") if weights.q_norm is not None else ()
-        steps.program.add((self.layer, norms or ("k",)), kernel.store_operation, kernel.STORE, ONE_TASK.record(threads),
+        steps.program.add((self.layer, norms or ("k",)), kv_store.store_operation, kv_store.STORE, ONE_TASK.record(threads),
                           rows=steps.rows, k=b.k, v=b.v, k_stride=b.k.shape[1], v_stride=b.v.shape[1], cosines=b.cosines,
                           sines=b.sines, heads=b.heads, q_norm=weights.q_norm, k_norm=weights.k_norm, eps=b.eps,
                           half=int(b.cache.dtype == np.uint16), **shared)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llama_hpc.kernels.cpu.attention import padded_head_dim
+from llama_hpc.kernels.cpu.kv_store import padded_head_dim
 from llama_hpc.kernels.numerics import PAGE
 
 # What the pools hold: float32, the bits of float16, or int8 with a float16 scale for each position and KV head.

@@ -18,7 +18,8 @@ import pytest
 from kernel_inputs import FORMATS, kernel_weights, normal, operate, quantized, stored
 from numba import njit
 from numba.core.registry import cpu_target
-from test_attention import KV_OF_HEAD, LENGTHS, POSITIONS, SEQUENCES, Cache, Rows, queries
+from test_attention import KV_OF_HEAD, LENGTHS, POSITIONS, SEQUENCES, Cache, queries
+from test_kv_store import Rows
 
 from llama_hpc.kernels.cpu import elementwise, joining, products, sampling, target
 from llama_hpc.kernels.cpu.activations import Activation
