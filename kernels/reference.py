@@ -24,8 +24,8 @@ from .numerics import (
 )
 from .sampling import weigh
 
-__all__ = ["attention", "embedding", "exp", "finish", "half_bits", "matmul", "quantize_rows", "rms_norm", "rope", "sigmoid",
-           "silu_multiply", "store", "to_half", "weigh"]
+__all__ = ["attention", "embedding", "exp", "finish", "half_bits", "matmul", "quantize_heads", "quantize_rows", "rms_norm",
+           "rope", "sigmoid", "silu_multiply", "store", "store_scales", "to_half", "weigh"]
 
 _QUIET = np.errstate(all="ignore")      # infinities and NaN are told by the status
 
@@ -95,8 +95,24 @@ def _integer_chains(x, x_scales, weights):
         yield chain
 
 
+@_QUIET
+def quantize_heads(x):
+    """Per row and head of float32 [rows, heads, head_dim]: int8 values, and the float16 bits of one scale [rows, heads].
+
+    The scale is the least float16 that is not below amax / 127, so that none of rint(x * (1 / scale)) is beyond 127; values of a
+    head of zeros are zero. Returns (status, values, scales); ``OUT_OF_RANGE`` where a scale is not finite.
+    """
+    exact = np.abs(x).max(axis=2) / np.float32(127)
+    scales = half_bits(exact)
+    scales = scales + (_floats(scales) < exact)
+    known = _floats(scales)
+    inverse = np.where(known > 0, np.float32(1) / known, np.float32(0))
+    status = OK if np.isfinite(known).all() else OUT_OF_RANGE
+    return status, np.rint(x * inverse[:, :, None]).astype(np.int8), scales
+
+
 def store(keys, values, key_pool, value_pool, pages, sequences, positions, rows: int) -> int:
-    """Writes [rows, kv_heads * head_dim] keys and values to their pages: see ``cpu.attention``."""
+    """Writes [rows, kv_heads * head_dim] keys and values to their pages: see ``cpu.kv_store``."""
     heads, head_dim = key_pool.shape[1:3]
     for r in range(rows):
         page, slot = pages[sequences[r], positions[r] // PAGE], positions[r] % PAGE
@@ -105,10 +121,19 @@ def store(keys, values, key_pool, value_pool, pages, sequences, positions, rows:
     return OK
 
 
+def store_scales(scales, pool, pages, sequences, positions, rows: int) -> None:
+    """Writes scales [rows, kv_heads] of int8 keys or values to their pages."""
+    for r in range(rows):
+        pool[pages[sequences[r], positions[r] // PAGE], :, positions[r] % PAGE] = scales[r]
+
+
 @_QUIET
 def attention(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, window: int, scale, out, work,
-              rows: int) -> int:
-    """out[r, h] = softmax(q[r, h] · keys * scale) values over the positions visible to row r: see ``cpu.attention``."""
+              rows: int, key_scales=None, value_scales=None) -> int:
+    """out[r, h] = softmax(q[r, h] · keys * scale) values over the positions visible to row r: see ``cpu.attention``.
+
+    Int8 pools come with the pools of their scales.
+    """
     heads, head_dim, status = len(kv_of_head), key_pool.shape[2], OK
     for r in range(rows):
         end = int(positions[r]) + 1
@@ -119,7 +144,9 @@ def attention(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, 
             page, slot = pages[sequences[r], visible // PAGE][:, None], visible[:, None] % PAGE
             keys = _floats(key_pool[page, kv_of_head, :, slot])
             values = _floats(value_pool[page, kv_of_head, slot, :head_dim])
-            blocks.append(_attention_block(q[r].reshape(heads, head_dim), keys, values, np.float32(scale)))
+            scales = [np.float32(1) if pool is None else _floats(pool[page, kv_of_head, slot])
+                      for pool in (key_scales, value_scales)]
+            blocks.append(_attention_block(q[r].reshape(heads, head_dim), keys, values, np.float32(scale), *scales))
         result, within = _merge(*(np.array(part) for part in zip(*blocks, strict=True)))
         out[r] = result.reshape(-1)
         status = status if within else OUT_OF_RANGE
@@ -127,23 +154,24 @@ def attention(q, key_pool, value_pool, pages, sequences, positions, kv_of_head, 
 
 
 def _floats(stored):
-    return stored.view(np.float16).astype(np.float32) if stored.dtype == np.uint16 else stored
+    """As float32: float16 bits by their value, int8 and float32 as they are."""
+    return (stored.view(np.float16) if stored.dtype == np.uint16 else stored).astype(np.float32)
 
 
-def _attention_block(q, keys, values, scale):
+def _attention_block(q, keys, values, scale, key_scales, value_scales):
     """Maximum [heads], sum of weights [heads] and weighted values [heads, head_dim] of one block, all float32.
 
-    q is [heads, head_dim]; keys and values are [positions, heads, head_dim].
+    q is [heads, head_dim]; keys and values are [positions, heads, head_dim]; their scales [positions, heads], or 1.
     """
     scores = np.zeros(keys.shape[:2], np.float32)
     for d in range(q.shape[1]):
         scores = fma(q[:, d], keys[:, :, d], scores)
-    scores = scores * scale
+    scores = scores * scale * key_scales
     maximum = scores.max(axis=0)
     weights = exp(scores - maximum)
     total = from_fixed(np.rint(weights * FIXED).astype(np.int64).sum(axis=0))
     weighted = np.zeros(q.shape, np.float32)
-    for weight, value in zip(weights, values, strict=True):
+    for weight, value in zip(weights * value_scales, values, strict=True):
         weighted = fma(weight[:, None], value, weighted)
     return maximum, total, weighted
 

@@ -14,14 +14,14 @@ from llama_hpc.weights.loader import load_stage
 class LocalModel:
     """One sequence at a time on one rank."""
 
-    def __init__(self, path, weights_format="f32", max_seq_len=256, threads=1):
+    def __init__(self, path, weights_format="f32", max_seq_len=256, threads=1, kv_cache=None):
         checkpoint = open_checkpoint(path)
         self.config = checkpoint.config
         stage, share = whole(self.config)
         reducer = TensorReducer(MPI.COMM_SELF)
         self.weights = load_stage(checkpoint, weights_format, stage, share, reducer, MPI.COMM_SELF, threads=threads)
         self.stage = TransformerStage(self.config, stage, share, self.weights, reducer, shared_pool(threads), sequences=1,
-                                      max_seq_len=max_seq_len, max_rows=max_seq_len, max_outputs=max_seq_len)
+                                      max_seq_len=max_seq_len, max_rows=max_seq_len, max_outputs=max_seq_len, kv_cache=kv_cache)
 
     def forward(self, ids, start=0, chunk=None):
         """float32 [n, vocab_size] logits of ids, which follow ``start`` tokens already seen; prefilled ``chunk`` at a time."""

@@ -1,10 +1,12 @@
 """Attention over a paged KV cache on the CPU, canonical: one definition for prefill, decode, chunks and any cut.
 
-The cache holds pages of 16 positions: keys [pages, kv_heads, head_dim, 16], values [pages, kv_heads, 16, padded
-head_dim], float16 bits (uint16) or float32. Attention blocks of 256 positions start at absolute multiples of 256. Each
+The pools of the cache are those of ``kv_store``. Attention blocks of 256 positions start at absolute multiples of 256. Each
 block yields its own maximum, its sum of weights as an integer, and chains of weighted values in ascending position;
 blocks are merged as 64-bit fixed point, so neither order nor ownership of blocks changes a bit (the online softmax of
 Milakov & Gimelshein 2018, made exact).
+
+The chain of a score runs over what is stored; it is multiplied by the scale of softmax, then by that of an int8 key. The scale of
+an int8 value multiplies the position's weight, when the block's weights have been summed.
 
 Queries are taken by runs: up to four rows of one sequence at consecutive positions, with all query heads that read one KV head.
 What all of them see is loaded once for all; the few positions that only some rows of a run see follow row by row.
@@ -15,47 +17,30 @@ from numba import carray, njit
 from numba.extending import intrinsic
 
 from ..numerics import ATTENTION_BLOCK, FIXED, OK, OUT_OF_RANGE, PAGE, UNFIXED
-from . import simd
 from .activations import activation_at
-from .elementwise import quantize_group, rms_norm
-from .functions import exp, half_bits
-from .memory import atomic_or, float32_at, float64_at, int32_at, int64_at, record, record_pointer, uint16_at
+from .elementwise import quantize_group
+from .functions import exp
+from .memory import atomic_or, float32_at, int8_at, int32_at, int64_at, record, record_pointer, uint16_at
 from .operation import operation
-from .simd import fma_scalar, rint
+from .simd import LANES, load, multiply, rint, store
 from .simd_attention import merge_blocks, score_pages, shifted, weigh_scores, weigh_values
 from .team import SCRATCH, begin, chunk, member_words, work_at
 
-LANES = simd.LANES
 RUN = 4                         # rows of a run, at most
 _PAGES = ATTENTION_BLOCK // PAGE
 _NOWHERE = np.float32(-np.inf)  # the maximum of a block in which a query sees nothing
 
-# q, k, v: float32 [rows, stride], q and k changed in place; sequences, positions: int32 [rows]; cosines, sines: float32
-# [positions, head_dim / 2]; pages: int32 [sequences, pages_stride]; q_norm, k_norm: float32 [head_dim], or 0; rows: an int64;
-# eps: a float64. half: whether the pools hold float16 bits.
-STORE = record("team", "status", "work", "rows", "q", "k", "v", "q_stride", "k_stride", "v_stride", "cosines", "sines",
-               "sequences", "positions", "pages", "pages_stride", "keys", "values", "heads", "kv_heads", "head_dim", "q_norm",
-               "k_norm", "eps", "half")
 # runs: int32 [run_count, 2], first row and number of rows; head_starts: int32 [kv_heads + 1], the first query head of each KV
 # head; window: visible positions, 0 for all; run_count: an int64; scale: a float32; target: a record ACTIVATION; scratch: bytes
-# into the member's scratch.
+# into the member's scratch; the others as in ``kv_store.STORE``.
 ATTENTION = record("team", "status", "work", "runs", "run_count", "q", "q_stride", "keys", "values", "pages", "pages_stride",
-                   "sequences", "positions", "head_starts", "kv_heads", "head_dim", "window", "scale", "target", "scratch")
-
-
-@intrinsic
-def _store_at(typing_context, where):
-    return record_pointer(STORE)
+                   "sequences", "positions", "head_starts", "kv_heads", "head_dim", "window", "scale", "target", "scratch",
+                   "key_scales", "value_scales")
 
 
 @intrinsic
 def _attention_at(typing_context, where):
     return record_pointer(ATTENTION)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """head_dim rounded up to whole vectors: the row length of the value pool."""
-    return -(-head_dim // LANES) * LANES
 
 
 def scratch_bytes(max_seq_len: int, head_dim: int, heads_per_kv: int) -> int:
@@ -74,74 +59,6 @@ def runs_of(sequences, positions, rows, runs):
         runs[count, 0], runs[count, 1] = row, stop - row
         row, count = stop, count + 1
     return count
-
-
-@njit(cache=True)
-def _norm_and_rotate(op, row, where, norm):
-    """One head at an address: RMS norm if there is one, then RoPE (Su et al. 2021; half-split pairs); returns a kernel status."""
-    status, half = OK, op.head_dim // 2
-    if norm:
-        x = float32_at(where)
-        status = rms_norm(x, int32_at(where), op.head_dim, float32_at(norm), float64_at(op.eps)[0], x)
-    at = 4 * half * int32_at(op.positions)[row]
-    cosines, sines = float32_at(op.cosines + at), float32_at(op.sines + at)
-    first, second = float32_at(where), float32_at(where + 4 * half)
-    for i in range(half):
-        a, b = first[i], second[i]
-        first[i] = fma_scalar(-b, sines[i], a * cosines[i])
-        second[i] = fma_scalar(a, sines[i], b * cosines[i])
-    return status
-
-
-@njit(cache=True)
-def _store_half(source, target, stride, count):
-    """target[i * stride] = float16 bits of source[i]; returns OUT_OF_RANGE where they are not finite."""
-    beyond = False
-    for i in range(count):
-        bits = half_bits(source[i])
-        beyond |= bits & np.uint16(0x7C00) == np.uint16(0x7C00)
-        target[i * stride] = bits
-    return OUT_OF_RANGE if beyond else OK
-
-
-@njit(cache=True)
-def _store_head(op, row, kv_head, k, v):
-    """One row's key and value of one KV head, at addresses, go to their page; returns a kernel status."""
-    position, head_dim = int32_at(op.positions)[row], op.head_dim
-    page = int32_at(op.pages)[int32_at(op.sequences)[row] * op.pages_stride + position // PAGE]
-    head, slot, width = page * op.kv_heads + kv_head, position % PAGE, (head_dim + LANES - 1) // LANES * LANES
-    key, value = head * head_dim * PAGE + slot, (head * PAGE + slot) * width
-    if op.half:
-        return (_store_half(float32_at(k), uint16_at(op.keys + 2 * key), PAGE, head_dim)
-                | _store_half(float32_at(v), uint16_at(op.values + 2 * value), 1, head_dim))
-    keys, values = float32_at(op.keys + 4 * key), float32_at(op.values + 4 * value)
-    for d in range(head_dim):
-        keys[d * PAGE], values[d] = float32_at(k)[d], float32_at(v)[d]
-    return OK
-
-
-@operation
-def store_operation(member, where):
-    """Norm and RoPE of every row's queries and keys; keys and values to their pages. Tasks: rows x (query and KV heads)."""
-    op = carray(_store_at(where), 1)[0]
-    work, heads, status = carray(work_at(op.work), 1)[0], op.heads + op.kv_heads, 0
-    total = int64_at(op.rows)[0] * heads
-    begin(op.team, member, work, total)
-    first, last = chunk(op.team, member, work, total)
-    while last > first:
-        for task in range(first, last):
-            row, head = task // heads, task % heads
-            if head < op.heads:
-                status |= _norm_and_rotate(op, row, op.q + 4 * (row * op.q_stride + head * op.head_dim), op.q_norm)
-            else:
-                head -= op.heads
-                k = op.k + 4 * (row * op.k_stride + head * op.head_dim)
-                v = op.v + 4 * (row * op.v_stride + head * op.head_dim)
-                status |= _norm_and_rotate(op, row, k, op.k_norm)
-                status |= _store_head(op, row, head, k, v)
-        first, last = chunk(op.team, member, work, total)
-    if status:
-        atomic_or(op.status, status)
 
 
 @njit(cache=True)
@@ -179,6 +96,19 @@ def _gather(q, stride, rows, heads, head_dim, queries):
 
 
 @njit(cache=True)
+def _scale(scores, count, table, scales, kv_heads, first, last):
+    """Multiplies scores, or weights, of ``count`` queries in the pages first … last of a block by the scales of the positions.
+
+    ``scales``: an address, where the first page keeps those of the KV head.
+    """
+    for page in range(first, last + 1):
+        factors, slot = load(uint16_at(scales), table[page] * kv_heads * PAGE), page % _PAGES * PAGE
+        for query in range(count):
+            at = query * ATTENTION_BLOCK + slot
+            store(scores, at, multiply(load(scores, at), factors))
+
+
+@njit(cache=True)
 def _weigh(pools, table, ahead, block, query, count, width, low, high, scores, chains):
     """Values of positions low … high - 1 of a block for ``count`` queries from ``query`` on."""
     _, key_stride, values, value_stride = pools
@@ -189,7 +119,7 @@ def _weigh(pools, table, ahead, block, query, count, width, low, high, scores, c
 
 
 @njit(cache=True)
-def _block(op, pools, table, ahead, position, rows, heads, width, block, queries, scores, maxima, sums, chains):
+def _block(op, kv_head, pools, table, ahead, position, rows, heads, width, block, queries, scores, maxima, sums, chains):
     """One block for a run: float32 maxima, sums [queries] and chains [queries, width], row by row and head by head.
 
     pools: keys and values of the KV head, each with the elements from page to page; ahead: what ``weigh_values`` asks for.
@@ -197,8 +127,12 @@ def _block(op, pools, table, ahead, position, rows, heads, width, block, queries
     keys, key_stride, values, value_stride = pools
     count, page, window = rows * heads, block * _PAGES, op.window
     low, high = _visible(position, window, block)[0], _visible(position + rows - 1, window, block)[1]
-    score_pages(float32_at(queries), count, op.head_dim, keys, key_stride, values, value_stride, table, page + low // PAGE,
-                page + (high - 1) // PAGE, float32_at(op.scale)[0], float32_at(scores))
+    first, last = page + low // PAGE, page + (high - 1) // PAGE
+    score_pages(float32_at(queries), count, op.head_dim, keys, key_stride, values, value_stride, table, first, last,
+                float32_at(op.scale)[0], float32_at(scores))
+    scales_at = 2 * kv_head * PAGE
+    if op.key_scales:
+        _scale(float32_at(scores), count, table, op.key_scales + scales_at, op.kv_heads, first, last)
     maximum, total, chain = float32_at(maxima), float32_at(sums), float32_at(chains)
     for query in range(count):
         low, high = _visible(position + query // heads, window, block)
@@ -207,6 +141,8 @@ def _block(op, pools, table, ahead, position, rows, heads, width, block, queries
             total[query] = np.float32(np.float64(whole) * UNFIXED)
         else:
             maximum[query], total[query] = _NOWHERE, np.float32(0)
+    if op.value_scales:
+        _scale(float32_at(scores), count, table, op.value_scales + scales_at, op.kv_heads, first, last)
     for i in range(count * width):
         chain[i] = np.float32(0)
     # What all rows see is read once for all, between what only earlier rows see (of a window) and what only later ones see.
@@ -267,8 +203,8 @@ def _run(op, keys, values, target, run, kv_head, scratch):
     for b in range(blocks):
         # What comes next: the keys of the next block, or of the first one for the next KV head.
         next_keys, further = (own, _PAGES) if b + 1 < blocks else (following, (1 - blocks) * _PAGES)
-        _block(op, pools, table, (next_keys, further, (position + rows - 1) // PAGE), position, rows, heads, width, first + b,
-               scratch + queries, scratch, scratch + maxima + 4 * b * count, scratch + sums + 4 * b * count,
+        _block(op, kv_head, pools, table, (next_keys, further, (position + rows - 1) // PAGE), position, rows, heads, width,
+               first + b, scratch + queries, scratch, scratch + maxima + 4 * b * count, scratch + sums + 4 * b * count,
                scratch + chains + 4 * b * count * width)
     weights, total = float32_at(scratch + maxima), int64_at(scratch + totals)
     _weigh_blocks(weights, float32_at(scratch + sums), blocks, count, float32_at(scratch + largest), total)
@@ -310,3 +246,10 @@ def float32_attention_operation(member, where):
     """Attention over float32 pools."""
     op = carray(_attention_at(where), 1)[0]
     _attention(member, op, float32_at(op.keys), float32_at(op.values))
+
+
+@operation
+def int8_attention_operation(member, where):
+    """Attention over pools of int8, with scales."""
+    op = carray(_attention_at(where), 1)[0]
+    _attention(member, op, int8_at(op.keys), int8_at(op.values))

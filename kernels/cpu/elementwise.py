@@ -49,7 +49,7 @@ def _embedding_at(typing_context, where):
 
 
 @njit(cache=True)
-def _largest_magnitude(bits, first, last):
+def largest_magnitude(bits, first, last):
     """Maximum of the absolute bit patterns of bits[first:last] (int32 view of float32)."""
     largest = np.int32(0)
     for i in range(first, last):
@@ -64,7 +64,7 @@ def rms_norm(x, bits, n, weight, eps, out):
     ``bits`` is x seen as int32. x is scaled by a power of two from its exact maximum, so that squares neither overflow nor
     vanish, and the squares are summed as 64-bit fixed point. ``out`` may be ``x``.
     """
-    largest = _largest_magnitude(bits, 0, n)
+    largest = largest_magnitude(bits, 0, n)
     if largest >= INFINITY_BITS:
         return NOT_FINITE
     unit = float_from_bits(max(largest & np.int32(0x7F800000), _LOWEST_SCALE_BITS))
@@ -97,7 +97,7 @@ def quantize_group(target, row, group):
                                 int32_at(target.corrections), at)
         return OK if fine else NOT_FINITE
     values, x = float32_at(target.values), int8_at(target.x)
-    largest = _largest_magnitude(int32_at(target.values), source, source + count)
+    largest = largest_magnitude(int32_at(target.values), source, source + count)
     if largest >= INFINITY_BITS:
         return NOT_FINITE
     amax = float_from_bits(largest)

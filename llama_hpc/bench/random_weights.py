@@ -14,6 +14,7 @@ from llama_hpc.kernels.cpu.weights import Weights, allocate, allocate_pair, fill
 from llama_hpc.kernels.formats import FACTORS, Blocks, Packed, table_format
 from llama_hpc.model.attention import AttentionWeights
 from llama_hpc.model.config import ModelConfig
+from llama_hpc.model.kv_cache import cache_format
 from llama_hpc.model.layer import LayerWeights
 from llama_hpc.model.linear import NO_BIAS, LinearWeights
 from llama_hpc.model.mlp import MLPWeights
@@ -124,7 +125,8 @@ def random_stage(config: ModelConfig, weights_format: str) -> StageWeights:
     embedding = linear(matrix(next(found)), False)
     head = embedding if config.tie_embeddings else linear(matrix(next(found)), False)
     plain = weights_format in ("f16", "f32")
-    return StageWeights(not plain, weights_format != "f32", layers, embedding, np.ones(hidden, np.float32), head)
+    kv_cache = cache_format("auto", weights_format)
+    return StageWeights(not plain, kv_cache, layers, embedding, np.ones(hidden, np.float32), head)
 
 
 def _repeat(bank: np.ndarray, target: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_layout, add_sizes, grid_shape
+from llama_hpc.cli.options import add_kv_cache, add_layout, add_sizes, grid_shape
 
 USUAL_LENGTH = 2048             # tokens of a sequence for which cache is shown, unless --max-seq-len says another number
 
@@ -14,7 +14,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         description="A model's shapes, and what each rank of a grid would hold; reads no weights. Alone, it shows any grid; "
                     "under mpirun or srun, the job's ranks with their hosts and cores. Then, or without MODEL only, this node: "
                     "its cores and caches, the threads of a rank, and how to start ranks so that they fit.")
-    add_sizes(add_layout(parser, needs_model=False))
+    layout = add_layout(parser, needs_model=False)
+    add_sizes(layout)
+    add_kv_cache(layout)
     return parser
 
 
@@ -61,9 +63,9 @@ def _show_model(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | 
         # Hosts may differ in ranks; this one stands for all.
         here = sum(host == hosts[0] for host in hosts)
         shape = auto_grid(config, weights, len(hosts), here, available_memory() // here, len(hosts) * args.max_seqs,
-                          args.max_seqs, length)
+                          args.max_seqs, length, kv_cache=args.kv_cache)
     shape = shape or GridShape(1, 1, 1)
-    ranks = rank_shares(config, weights, shape, args.max_seqs * length)
+    ranks = rank_shares(config, weights, shape, args.max_seqs * length, args.kv_cache)
     print(f"\ngrid {shape} (replicas x stages x tensor ranks), {args.max_seqs} sequences of {length} tokens a replica:\n")
     # A run orders its ranks by node, nodes by their first rank.
     names = [host for host, _ in hosts]

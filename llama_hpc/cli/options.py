@@ -5,6 +5,8 @@ import re
 
 FORMATS = ("q3_5", "q4", "q8", "f16", "f32")      # of weights
 
+KV_CACHES = ("auto", "f16", "q8")
+
 REDUCE = ("auto", "mpi", "shared", "one-sided")
 
 
@@ -87,6 +89,13 @@ def add_sizes(layout) -> None:
                         help="sequences that a replica answers at a time (default: %(default)s)")
     layout.add_argument("--max-seq-len", type=whole(2), metavar="N",
                         help="limit of prompt and answer together, in tokens (default: the model's context; info: at most 2048)")
+
+
+def add_kv_cache(layout) -> None:
+    """How keys and values are kept; see ``kv_cache.cache_format``."""
+    layout.add_argument("--kv-cache", choices=KV_CACHES, default="auto",
+                        help="format of the KV cache: 16-bit floats, or integers of 8 bits with a scale for each token and head "
+                             "(default: f16; 32-bit floats with f32 weights)")
 
 
 def add_reduce(layout) -> None:

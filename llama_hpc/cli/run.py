@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_layout, add_output, add_reduce, add_sizes, add_threads, memory_size, whole
+from llama_hpc.cli.options import add_kv_cache, add_layout, add_output, add_reduce, add_sizes, add_threads, memory_size, whole
 from llama_hpc.cli.start import start
 
 
@@ -12,6 +12,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                                    description="Answer a file of prompts on a grid of MPI ranks, into one HDF5 file.")
     layout = add_layout(parser)
     add_sizes(layout)
+    add_kv_cache(layout)
     add_reduce(layout)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
     add_output(parser)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_layout, add_output, add_reduce, add_threads, whole
+from llama_hpc.cli.options import add_kv_cache, add_layout, add_output, add_reduce, add_threads, whole
 from llama_hpc.cli.start import start
 
 
@@ -13,7 +13,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         description="Log-likelihood of every token of texts and their perplexity, each and all together, on a grid of MPI ranks, "
                     "into one HDF5 file. A window of tokens slides over each text; each window scores what the ones before it "
                     "have not. The first token of a text has no likelihood.")
-    add_reduce(add_layout(parser))
+    layout = add_layout(parser)
+    add_kv_cache(layout)
+    add_reduce(layout)
     parser.add_argument("--texts", required=True, metavar="FILE",
                         help="JSONL (objects with text or token_ids, and perhaps id), text (one document) or HDF5")
     add_output(parser)

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from llama_hpc.cli.options import FORMATS, whole
+from llama_hpc.cli.options import FORMATS, KV_CACHES, whole
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -12,6 +12,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "warmup", help="compile the kernels ahead of a job",
         description="Compile the kernels ahead of a job, into the cache of this node; under mpirun or srun, of each node.")
     parser.add_argument("--weights", nargs="+", choices=FORMATS, default=FORMATS, help="weight formats (default: all)")
+    parser.add_argument("--kv-cache", nargs="+", choices=KV_CACHES, default=KV_CACHES,
+                        help="formats of the KV cache (default: all)")
     parser.add_argument("--threads", type=whole(1, 4096), metavar="N", help="threads of a rank (default: one, and several)")
     return parser
 
@@ -34,14 +36,14 @@ def main(args: argparse.Namespace) -> int:
     report = ""
     with agreed(comm, "compiling the kernels"):
         if node.rank == 0:
-            report = _compile(args.weights, threads)
+            report = _compile(args.weights, args.kv_cache, threads)
     for line in filter(None, comm.gather(report) or ()):
         logger.info("%s", line)
     return 0
 
 
-def _compile(formats, threads: tuple[int, ...]) -> str:
-    """Compiles for each format and number of threads; returns what was done, and where."""
+def _compile(formats, kv_caches, threads: tuple[int, ...]) -> str:
+    """Compiles for each weight format, format of the KV cache and number of threads; returns what was done, and where."""
     import time
     from pathlib import Path
 
@@ -51,12 +53,14 @@ def _compile(formats, threads: tuple[int, ...]) -> str:
     from llama_hpc.kernels.cpu.operation import compiled
     from llama_hpc.kernels.cpu.target import kernels
     from llama_hpc.kernels.cpu.workers import Pool
+    from llama_hpc.model.kv_cache import cache_format
     from llama_hpc.runtime.topology import hostname
     start = time.monotonic()
     for count in threads:
         pool = Pool(count)
         for weights_format in formats:
-            warm_up(weights_format, pool, MPI.COMM_SELF)
+            for kv_cache in sorted({cache_format(asked, weights_format) for asked in kv_caches}):
+                warm_up(weights_format, pool, MPI.COMM_SELF, kv_cache)
             warm_up_quantizing(weights_format, count)
         pool.close()
     folder = os.environ.get("NUMBA_CACHE_DIR", "")

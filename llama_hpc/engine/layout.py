@@ -29,20 +29,24 @@ class RankShare:
     cache: int
 
 
-def rank_shares(config: ModelConfig, weights_format: str, shape: GridShape, cache_positions: int) -> list[RankShare]:
-    """Every rank of the grid, in rank order; ``cache_positions``: positions of all sequences of a replica together."""
+def rank_shares(config: ModelConfig, weights_format: str, shape: GridShape, cache_positions: int, kv_cache: str = "auto"
+                ) -> list[RankShare]:
+    """Every rank of the grid, in rank order; ``cache_positions``: positions of all sequences of a replica together.
+
+    ``kv_cache``, here and below: the cache's format, as in ``sizes.cache_bytes``.
+    """
     stages = stage_shares(config, shape.pipeline)
     replica = []
     for index, stage in enumerate(stages):
         for tensor in range(shape.tensor):
             share = TensorShare.of(config, shape.tensor, tensor)
             replica.append((stage, index, tensor, share, weight_bytes(config, weights_format, stage, share),
-                            cache_positions * cache_bytes(config, weights_format, stage, share)))
+                            cache_positions * cache_bytes(config, weights_format, stage, share, kv_cache)))
     return [RankShare(data, *rank) for data in range(shape.data) for rank in replica]
 
 
 def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_node: int, memory_per_rank: int, requests: int,
-              max_seqs: int, max_seq_len: int, usual_len: int | None = None) -> GridShape:
+              max_seqs: int, max_seq_len: int, usual_len: int | None = None, kv_cache: str = "auto") -> GridShape:
     """As many replicas as memory allows, each of the fewest ranks that hold the model and its cache.
 
     The cache is to hold a sequence of ``max_seq_len`` positions, and all that run at a time if they take ``usual_len`` each.
@@ -59,24 +63,25 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
                    and (ranks_per_node % t == 0 or ranks <= ranks_per_node)]
         for shape in reversed(fitting):
             positions = max(max_seq_len, sequences * (usual_len or max_seq_len))
-            need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, positions) if r.data == 0)
+            need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, positions, kv_cache)
+                       if r.data == 0)
             if need <= budget:
                 return shape
             needs.append((need, shape))
     least, shape = min(needs, key=lambda tried: tried[0])
     raise UsageError(
         f"the model and its cache need {least / 2**30:.1f} GiB on a rank even on grid {shape}, but a rank may use "
-        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, a smaller --weights format, --max-seqs or "
+        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, --kv-cache q8, or a smaller --weights format, --max-seqs or "
         f"--max-seq-len (score: --token-budget or --window)")
 
 
 def cache_pages(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare, memory: int,
-                kv_memory: int | None) -> int:
+                kv_memory: int | None, kv_cache: str = "auto") -> int:
     """Pages of the KV cache that one rank can hold, whose processes may use ``memory`` bytes; ``kv_memory`` bytes if given."""
     room = kv_memory
     if room is None:
         room = int(memory * USABLE) - OVERHEAD - weight_bytes(config, weights_format, stage, share)
-    return max(0, room) // (PAGE * cache_bytes(config, weights_format, stage, share))
+    return max(0, room) // (PAGE * cache_bytes(config, weights_format, stage, share, kv_cache))
 
 
 def check_pages(pages: int, ready: list[ReadyRequest], chosen: bool) -> None:

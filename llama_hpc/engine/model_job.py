@@ -19,6 +19,7 @@ from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.workers import Pool
+from llama_hpc.model.kv_cache import cache_format
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import TransformerStage
@@ -62,6 +63,7 @@ class ModelJob:
         with agreed(self.comm, "opening the model"):
             self.checkpoint = open_checkpoint(self.args.model)
             self.weights = weights_format(self.checkpoint, self.args.weights)
+            self.kv_cache = cache_format(self.args.kv_cache, self.weights)
 
     def choose_grid(self, *sizes: int, reserved: int = 0) -> Grid:
         """The grid that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
@@ -72,7 +74,8 @@ class ModelJob:
         self.memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN) - reserved
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
         with agreed(self.comm, "choosing the grid"):
-            shape = self.asked_shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes)
+            shape = self.asked_shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes,
+                                                  kv_cache=self.kv_cache)
             check_grid(config, shape)
         self.grid = Grid.create(self.comm, shape)
         self.part = stage_shares(config, shape.pipeline)[self.grid.stage]
@@ -81,7 +84,7 @@ class ModelJob:
 
     def pages(self, kv_memory: int | None = None) -> int:
         """Pages of the KV cache that the rank of least room can hold; with ``kv_memory`` bytes of each rank, if given."""
-        own = cache_pages(self.checkpoint.config, self.weights, self.part, self.share, self.memory, kv_memory)
+        own = cache_pages(self.checkpoint.config, self.weights, self.part, self.share, self.memory, kv_memory, self.kv_cache)
         return self.comm.allreduce(own, MPI.MIN)
 
     def announce(self, plan: str) -> None:
@@ -99,7 +102,7 @@ class ModelJob:
     def compile(self) -> None:
         """Compiles the kernels, or loads them from the node's cache."""
         start = time.monotonic()
-        once_per_node(self.node, lambda: warm_up(self.weights, self.pool, MPI.COMM_SELF))
+        once_per_node(self.node, lambda: warm_up(self.weights, self.pool, MPI.COMM_SELF, self.kv_cache))
         # Not before: the threads that quantise, now started, would inherit the one place of this thread.
         self.pool.bind(self.places)
         if self.first and time.monotonic() - start > 2:
@@ -121,7 +124,7 @@ class ModelJob:
             try:
                 weights = load_stage(checkpoint, self.weights, self.part, self.share, reducer, grid.stage_comm,
                                      threads=self.threads, progress=progress.update, hashes=hashes, pool=self.pool)
-                stage = TransformerStage(config, self.part, self.share, weights, reducer, self.pool,
+                stage = TransformerStage(config, self.part, self.share, weights, reducer, self.pool, kv_cache=self.kv_cache,
                                          spread_from=self.args.sequence_parallel, **sizes)
             except PeerFailed:
                 pass    # The rank that failed says why.
@@ -162,11 +165,12 @@ class ModelJob:
         given = {name: value for name, value in vars(self.args).items() if name != "command" and value is not None}
         self.facts["model"]["content_hash"] = self.content_hash
         self.facts |= {
-            "weights": self.weights, "ranks": self.comm.size, "threads": self.threads,
+            "weights": self.weights, "kv_cache": self.kv_cache, "ranks": self.comm.size, "threads": self.threads,
             "grid": {"data": shape.data, "pipeline": shape.pipeline, "tensor": shape.tensor},
             "kernels": sorted({rank["kernels"] for rank in ranks}),
             "hosts": sorted({rank["host"] for rank in ranks}), "rank_table": ranks,
-            "settings": given | {"weights": self.weights, "threads": self.threads, "grid": str(shape)} | settings,
+            "settings": given | {"weights": self.weights, "kv_cache": self.kv_cache, "threads": self.threads,
+                                 "grid": str(shape)} | settings,
             "end_time": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": seconds,
         }
 

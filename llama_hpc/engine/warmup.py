@@ -33,13 +33,16 @@ class _TinyCheckpoint:
         return np.full((len(range(height)[rows or slice(None)]), len(range(width)[columns or slice(None)])), 0.25, np.float32)
 
 
-def warm_up(weights_format: str, pool: Pool, solo) -> None:
-    """Compiles, or loads from the disk cache, what a run needs for a weight format. ``solo`` is a communicator of one rank."""
+def warm_up(weights_format: str, pool: Pool, solo, kv_cache: str | None = None) -> None:
+    """Compiles, or loads from the disk cache, what a run needs for a weight format and a format of the KV cache.
+
+    ``solo`` is a communicator of one rank; ``kv_cache`` as in TransformerStage.
+    """
     checkpoint, reducer = _TinyCheckpoint(), TensorReducer(solo)
     stage, share = whole(checkpoint.config)
     weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=pool.threads, pool=pool)
     model = TransformerStage(checkpoint.config, stage, share, weights, reducer, pool, sequences=1, max_seq_len=16, max_rows=9,
-                             max_outputs=1)
+                             max_outputs=1, kv_cache=kv_cache)
     # One rank alone never sums over a tensor group.
     _ = joining.join_operation.address, joining.meet_operation.address
     ids = np.arange(9, dtype=np.int32)

@@ -3,10 +3,14 @@
 import numpy as np
 
 from llama_hpc.kernels.cpu import attention as kernel
+from llama_hpc.kernels.cpu import kv_store
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.workers import ONE_TASK, WorkDistribution
 from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights, RowParallelLinear
 from llama_hpc.model.steps import Steps
+
+_OPERATIONS = {np.dtype(np.uint16): kernel.attention_operation, np.dtype(np.float32): kernel.float32_attention_operation,
+               np.dtype(np.int8): kernel.int8_attention_operation}
 
 
 class AttentionWeights:
@@ -28,19 +32,16 @@ class ParallelAttention:
         """Reads ``normed``, adds to buffers.residual: one product, rotation and store, attention, one product."""
         b, config, weights = self.buffers, self.buffers.config, self.weights
         self.qkv.add(steps, normed, {"q": b.q, "k": b.k, "v": b.v})
-        keys, values = b.cache.pools(self.layer)
-        pages, threads, half = b.cache.pages, steps.pool.threads, b.cache.dtype == np.uint16
-        shared = {"q": b.q, "q_stride": b.q.shape[1], "keys": keys, "values": values, "pages": pages,
-                  "pages_stride": pages.shape[1], "sequences": b.sequences, "positions": b.positions, "kv_heads": b.kv_heads,
-                  "head_dim": config.head_dim}
+        pages, threads = b.cache.pages, steps.pool.threads
+        shared = {"q": b.q, "q_stride": b.q.shape[1], "pages": pages, "pages_stride": pages.shape[1], "sequences": b.sequences,
+                  "positions": b.positions, "kv_heads": b.kv_heads, "head_dim": config.head_dim, **b.cache.pools(self.layer)}
         norms = ("q_norm", "k_norm") if weights.q_norm is not None else ()
-        steps.program.add((self.layer, norms or ("k",)), kernel.store_operation, kernel.STORE, ONE_TASK.record(threads),
+        steps.program.add((self.layer, norms or ("k",)), kv_store.store_operation, kv_store.STORE, ONE_TASK.record(threads),
                           rows=steps.rows, k=b.k, v=b.v, k_stride=b.k.shape[1], v_stride=b.v.shape[1], cosines=b.cosines,
-                          sines=b.sines, heads=b.heads, q_norm=weights.q_norm, k_norm=weights.k_norm, eps=b.eps, half=int(half),
-                          **shared)
+                          sines=b.sines, heads=b.heads, q_norm=weights.q_norm, k_norm=weights.k_norm, eps=b.eps,
+                          half=int(b.cache.dtype == np.uint16), **shared)
         work = WorkDistribution.for_attention(b.kv_heads, 256, steps.schedule)
-        attend = kernel.attention_operation if half else kernel.float32_attention_operation
-        steps.program.add((self.layer, ("attention",)), attend, kernel.ATTENTION, work.record(threads), runs=b.runs,
-                          run_count=steps.runs, head_starts=b.head_starts, window=config.window(self.layer), scale=b.scale,
-                          target=b.attended.record, scratch=0, keep=(b.attended,), **shared)
+        steps.program.add((self.layer, ("attention",)), _OPERATIONS[b.cache.dtype], kernel.ATTENTION, work.record(threads),
+                          runs=b.runs, run_count=steps.runs, head_starts=b.head_starts, window=config.window(self.layer),
+                          scale=b.scale, target=b.attended.record, scratch=0, keep=(b.attended,), **shared)
         self.o.add(steps, b.attended, b.residual, b.sums[0])

@@ -7,7 +7,7 @@ from llama_hpc.kernels.cpu.weights import allocated_bytes
 from llama_hpc.kernels.formats import Blocks, packed_bytes, table_format
 from llama_hpc.kernels.numerics import BLOCK, down_block
 from llama_hpc.model.config import ModelConfig
-from llama_hpc.model.kv_cache import bytes_per_position
+from llama_hpc.model.kv_cache import DTYPES, bytes_per_position, cache_format
 from llama_hpc.model.shares import StageShare, TensorShare
 
 
@@ -75,7 +75,7 @@ def weight_bytes(config: ModelConfig, weights_format: str, stage: StageShare, sh
     return total
 
 
-def cache_bytes(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare) -> int:
-    """Bytes of one rank's KV cache for each position of a sequence."""
-    dtype = "float32" if weights_format == "f32" else "uint16"
+def cache_bytes(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare, kv_cache: str = "auto") -> int:
+    """Bytes of one rank's KV cache for each position of a sequence; ``kv_cache`` as in ``kv_cache.cache_format``."""
+    dtype = DTYPES[cache_format(kv_cache, weights_format)]
     return bytes_per_position(config.head_dim, len(share.kv_heads), len(stage.layers), dtype)

@@ -15,7 +15,7 @@ from llama_hpc.kernels.numerics import BLOCK, down_block
 from llama_hpc.model import rope
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.faults import Faults
-from llama_hpc.model.kv_cache import KVCache
+from llama_hpc.model.kv_cache import DTYPES, KVCache
 from llama_hpc.model.layer import LayerWeights, ParallelLayer
 from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights
 from llama_hpc.model.shares import VOCABULARY_TILE, StageShare, TensorShare
@@ -26,12 +26,12 @@ from llama_hpc.model.steps import Steps
 class StageWeights:
     """What one rank holds: ``embedding`` on the first stage, ``final_norm`` and ``head`` on the last (None elsewhere).
 
-    ``quantized`` tells whether projections multiply integers, ``half_cache`` whether keys and values are kept in float16. With
-    tied embeddings both are the same object.
+    ``quantized`` tells whether projections multiply integers, ``kv_cache`` how keys and values are kept unless a stage is told
+    otherwise. With tied embeddings both are the same object.
     """
 
     quantized: bool
-    half_cache: bool
+    kv_cache: str
     layers: list[LayerWeights]
     embedding: LinearWeights | None
     final_norm: np.ndarray | None
@@ -132,18 +132,21 @@ class Buffers:
 
 
 class TransformerStage:
-    """The part of a model that one rank computes. ``forward`` is collective over the tensor group."""
+    """The part of a model that one rank computes. ``forward`` is collective over the tensor group.
+
+    ``kv_cache``: one of ``kv_cache.DTYPES``, or None for what suits the weights.
+    """
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
                  pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
-                 schedule: str = "steal", spread_from: int = 0):
+                 kv_cache: str | None = None, schedule: str = "steal", spread_from: int = 0):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.faults = Faults()
         # Rows of a step from which tensor ranks deal them out among themselves.
         self.spread_from = spread_from if spread_from and reducer.size > 1 else max_rows + 1
         self.spread_steps = 0
         self.cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
-                             np.uint16 if weights.half_cache else np.float32, pages)
+                             DTYPES[kv_cache or weights.kv_cache], pages)
         self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len,
                                self.spread_from <= max_rows)
         pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))

@@ -22,6 +22,7 @@ from llama_hpc.kernels.formats import LARGEST_WEIGHT, table_format
 from llama_hpc.kernels.numerics import BLOCK, INFINITY_BITS, down_block
 from llama_hpc.model.attention import AttentionWeights
 from llama_hpc.model.config import ModelConfig
+from llama_hpc.model.kv_cache import cache_format
 from llama_hpc.model.layer import LayerWeights
 from llama_hpc.model.linear import NO_BIAS, LinearWeights
 from llama_hpc.model.mlp import MLPWeights
@@ -148,7 +149,8 @@ class _Loader:
             name = "embedding" if config.tie_embeddings else "head"
             shared = embedding if config.tie_embeddings else None
             head = shared or table(name)
-        return StageWeights(self.format not in formats.PLAIN_BYTES, self.format != "f32", layers, embedding, final_norm, head)
+        quantized, kv_cache = self.format not in formats.PLAIN_BYTES, cache_format("auto", self.format)
+        return StageWeights(quantized, kv_cache, layers, embedding, final_norm, head)
 
     def layer(self, number: int) -> LayerWeights:
         config, share, head_dim, prefix = self.config, self.share, self.config.head_dim, f"layers.{number}."

@@ -59,6 +59,9 @@ def test_smollm2(capsys):
         ("0-29", "0-8", "0-2", "0-1535", "0-49151")
     # 2 sequences x 1,024 positions x 30 layers x 3 heads x 64 x keys and values x float16
     assert row["KV cache"] == f"{2 * 1024 * 30 * 3 * 64 * 2 * 2 / 2**20:.2f} MiB"
+    # About half: int8, and a float16 scale for 64 of them.
+    _, _, (row,) = info(capsys, "smollm2", "--max-seqs", 2, "--max-seq-len", 1024, "--kv-cache", "q8")
+    assert row["KV cache"] == f"{2 * 1024 * 30 * 3 * (64 + 2) * 2 / 2**20:.2f} MiB"
 
 
 @needs_smollm2

@@ -51,6 +51,7 @@ USAGE = [
     (["fly"], "invalid choice: 'fly'"),
     (["run"], "required: MODEL"),
     (["run", "--wings"], "(see `llama-hpc run --help`)"),
+    (["run", "smollm2", "--kv-cache", "q4"], "argument --kv-cache: invalid choice: 'q4'"),
     (["show", "results.h5", "--wings"], "unrecognized arguments: --wings (see `llama-hpc"),
 ]
 

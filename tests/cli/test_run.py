@@ -217,6 +217,24 @@ def test_no_layout_changes_a_sampled_answer(answer, every_setting, layout):
     outputs_alike(answer(SETTINGS, "--grid", grid, *options, ranks=prod(map(int, grid.split("x")))), every_setting)
 
 
+@pytest.fixture(scope="module")
+def int8_cache(answer):
+    return answer(SETTINGS, "--kv-cache", "q8")
+
+
+@pytest.mark.parametrize("layout", [
+    "1x1x3", "1x2x1", "2x1x1", "1x1x1 --prefill-micro-batch 7", "1x1x1 --no-prefix-sharing --max-seqs 3", "1x1x1 --kv-memory 30K",
+    "1x1x1 --threads 2"])
+def test_no_layout_changes_an_answer_with_an_int8_cache(answer, int8_cache, every_setting, layout):
+    grid, *options = layout.split()
+    results = answer(SETTINGS, "--kv-cache", "q8", "--grid", grid, *options, ranks=prod(map(int, grid.split("x"))))
+    outputs_alike(results, int8_cache)
+    assert int8_cache.digest != every_setting.digest
+    assert [found.provenance["kv_cache"] for found in (results, every_setting)] == ["q8", "f16"]
+    if "--kv-memory" in options:
+        assert results.file["metrics/ranks/setbacks"][0] > 0
+
+
 def test_samples_are_told_apart_and_do_not_depend_on_their_number(answer, every_setting):
     entry = SETTINGS[1]
     four, two, one = every_setting.outputs_of(1), *(answer([entry | {"n": n}]).outputs_of(0) for n in (2, 1))

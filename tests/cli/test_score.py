@@ -106,6 +106,17 @@ def test_every_layout_gives_the_same_bits(score, model, texts, weights):
     assert expected.ids == [text["id"] for text in texts]
 
 
+def test_an_int8_cache(score, model, texts):
+    """Other scores, but hardly; the same on every layout."""
+    common = "--window 40 --kv-cache q8"
+    half, expected, *found = score(model, texts, ["--window 40", common, f"{common} --token-budget 7"])
+    found += score(model, texts, [f"{common} --grid 1x1x3"], ranks=3)
+    assert {scores.verify() for scores in found} == {expected.digest} != {half.digest}
+    assert {scores.totals for scores in found} == {expected.totals}
+    assert expected.totals.perplexity == pytest.approx(half.totals.perplexity, rel=1e-2)
+    assert [scores.provenance["kv_cache"] for scores in (half, expected)] == ["f16", "q8"]
+
+
 def test_a_stride_of_a_window_is_each_piece_alone(score, model, texts):
     (whole,) = score(model, texts, ["--window 40 --stride 40"])
     bounds = [[*range(0, len(text["token_ids"]), 40), len(text["token_ids"])] for text in texts]

@@ -101,6 +101,8 @@ def test_cache_of_a_rank():
     ranks = rank_shares(LLAMA, "q8", GridShape(1, 1, 4), 1000)
     assert [r.cache for r in ranks] == [32 * 1000 * 2 * 2 * 128 * 2] * 4
     assert [r.cache for r in rank_shares(LLAMA, "f32", GridShape(1, 1, 4), 1000)] == [32 * 1000 * 2 * 2 * 128 * 4] * 4
+    # int8, and a float16 scale for each of the heads' 128 values.
+    assert [r.cache for r in rank_shares(LLAMA, "q8", GridShape(1, 1, 4), 1000, "q8")] == [32 * 1000 * 2 * 2 * (128 + 2)] * 4
 
 
 def test_weights_of_a_rank_are_about_its_part_of_the_whole():

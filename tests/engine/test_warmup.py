@@ -95,6 +95,9 @@ def test_runs_and_quantising_compile_nothing(warm, report, model, prompts, tmp_p
         lines += [["run", model, "--output", tmp_path / f"{weights}.h5", "--weights", weights, *common, "--hash-weights"],
                   ["quantize", model, store, "--weights", weights],
                   ["run", store, "--output", tmp_path / f"{weights}.stored.h5", *common]]
+    for kv_cache in ("f16", "q8"):
+        lines.append(["run", model, "--output", tmp_path / f"{kv_cache}.cache.h5", "--weights", "f32", *common,
+                      "--kv-cache", kv_cache])
     ((compiled, loaded, passes, _),), _ = report(*lines, threads=threads)
     assert (compiled, passes) == (0, 0) and loaded > 0
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from llama_hpc.kernels import reference
-from llama_hpc.kernels.cpu import attention, elementwise
+from llama_hpc.kernels.cpu import attention, elementwise, kv_store
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.program import Program
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
-from llama_hpc.kernels.numerics import NOT_FINITE, OK, OUT_OF_RANGE, PAGE, rope_table
+from llama_hpc.kernels.numerics import OK, OUT_OF_RANGE, PAGE
 
-DTYPES = np.uint16, np.float32
+DTYPES = np.uint16, np.float32, np.int8
 KV_OF_HEAD = 0, 0, 1, 1, 1
 # Sequence and position of each row: first and last of pages and blocks, one query at a time and runs of several.
 SEQUENCES = [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3]
@@ -51,7 +51,8 @@ def queries(rows, head_dim, seed=5, heads=5):
 class Cache:
     """Keys and values of a few sequences in shuffled pages; slots never written are NaN.
 
-    ``keys`` and ``values`` [sequence]: float32 [length, kv_heads, head_dim], as stored (rounded to float16 for uint16).
+    ``keys`` and ``values`` [sequence]: float32 [length, kv_heads, head_dim], as stored (rounded to float16 for uint16, quantised
+    for int8, whose scales are in ``scale_pools``: of keys, of values).
     """
 
     def __init__(self, lengths, kv_heads, head_dim, dtype, seed=0, size=1.0):
@@ -60,18 +61,26 @@ class Cache:
         count = per_sequence * len(lengths) + 3
         self.dtype, self.head_dim = np.dtype(dtype), head_dim
         self.pages = rng.permutation(count)[: per_sequence * len(lengths)].astype(np.int32).reshape(-1, per_sequence)
-        unwritten = 0x7E00 if self.dtype == np.uint16 else np.nan
+        unwritten = {"u": 0x7E00, "f": np.nan, "i": -128}[self.dtype.kind]
+        scales = [np.full((count, kv_heads, PAGE), 0x7E00, np.uint16) for _ in range(2)]
+        self.scale_pools = scales if self.dtype == np.int8 else [None, None]
         self.key_pool = np.full((count, kv_heads, head_dim, PAGE), unwritten, dtype)
-        self.value_pool = np.full((count, kv_heads, PAGE, attention.padded_head_dim(head_dim)), unwritten, dtype)
+        self.value_pool = np.full((count, kv_heads, PAGE, kv_store.padded_head_dim(head_dim)), unwritten, dtype)
         shape = kv_heads, head_dim
         self.keys = [self.rounded(normal((length, *shape), rng.integers(1 << 30), size)) for length in lengths]
         self.values = [self.rounded(normal((length, *shape), rng.integers(1 << 30))) for length in lengths]
 
     def rounded(self, x):
+        if self.dtype == np.int8:
+            status, values, scales = reference.quantize_heads(x)
+            assert status == OK
+            return values * scales.view(np.float16).astype(np.float32)[:, :, None]
         return x.astype(np.float16).astype(np.float32) if self.dtype == np.uint16 else x
 
     def stored(self, x):
         """float32 in the pools' dtype."""
+        if self.dtype == np.int8:
+            return reference.quantize_heads(x.reshape(len(x), -1, self.head_dim))[1].reshape(x.shape)
         return x.astype(np.float16).view(np.uint16) if self.dtype == np.uint16 else x
 
     def write(self, sequences=None, start=0, stop=None):
@@ -81,13 +90,20 @@ class Cache:
             positions = np.arange(start, start + len(keys), dtype=np.int32)
             slots = np.full(len(keys), s, np.int32)
             reference.store(keys, values, self.key_pool, self.value_pool, self.pages, slots, positions, len(keys))
+            self.write_scales((self.keys[s][start:stop], self.values[s][start:stop]), slots, positions)
         return self
+
+    def write_scales(self, both, sequences, positions):
+        """Those of float32 keys and values [rows, kv_heads, head_dim]."""
+        for x, pool in zip(both, self.scale_pools, strict=True):
+            if pool is not None:
+                reference.store_scales(reference.quantize_heads(x)[2], pool, self.pages, sequences, positions, len(x))
 
     def expected(self, q, sequences, positions, kv_of_head, window=0):
         """(status, out) of the reference."""
         out = np.full(q.shape, np.nan, np.float32)
         status = reference.attention(q, self.key_pool, self.value_pool, self.pages, np.array(sequences), np.array(positions),
-                                     np.array(kv_of_head), window, self.head_dim**-0.5, out, None, len(q))
+                                     np.array(kv_of_head), window, self.head_dim**-0.5, out, None, len(q), *self.scale_pools)
         return status, out
 
     def attend(self, q, sequences, positions, kv_of_head, window=0, threads=1, single=False, target=None):
@@ -104,12 +120,14 @@ class Cache:
             own[:] = 0xFF
         kv_heads = self.key_pool.shape[1]
         head_starts = np.searchsorted(kv_of_head, range(kv_heads + 1)).astype(np.int32)
-        operation = attention.attention_operation if self.dtype == np.uint16 else attention.float32_attention_operation
+        operation = {"u": attention.attention_operation, "f": attention.float32_attention_operation,
+                     "i": attention.int8_attention_operation}[self.dtype.kind]
         status = operate(
             threads, operation, attention.ATTENTION, runs=runs, run_count=np.array([count]), q=q,
             q_stride=q.shape[1], keys=self.key_pool, values=self.value_pool, pages=self.pages, pages_stride=self.pages.shape[1],
             sequences=sequences, positions=positions, head_starts=head_starts, kv_heads=kv_heads, head_dim=head_dim,
-            window=window, scale=np.array([head_dim**-0.5], np.float32), target=target.record, scratch=128)
+            window=window, scale=np.array([head_dim**-0.5], np.float32), target=target.record, scratch=128,
+            key_scales=self.scale_pools[0], value_scales=self.scale_pools[1])
         return status, target.values
 
 
@@ -170,7 +188,7 @@ def test_windows(window):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_window_of_one_returns_the_value(dtype):
     cache = Cache([300], 2, 20, dtype)
-    cache.values[0][:] = np.rint(cache.values[0] * 1024) / 1024
+    cache.values[0] = cache.rounded(np.rint(cache.values[0] * 1024) / 1024)
     cache.write()
     status, out = cache.attend(queries(3, 20, heads=2), [0, 0, 0], [0, 17, 299], (0, 1), window=1)
     assert status == OK
@@ -275,74 +293,3 @@ def test_nan_in_keys_or_queries_is_reported(position, threads):
             broken = q.copy()
             broken[0, 3] = bad
             assert attend(broken, [0], [299], (0, 0))[0] == OUT_OF_RANGE
-
-
-class Rows:
-    """q [rows, 3 heads], k and v [rows, 2 heads] of rows of two sequences, side by side as one product yields them."""
-
-    def __init__(self, head_dim, dtype, rows=21):
-        self.cache, self.head_dim, self.rows = Cache([40, 300], 2, head_dim, dtype), head_dim, rows
-        self.both = normal((rows, 7 * head_dim), 3, 4.0)
-        cuts = [3 * head_dim, 5 * head_dim]
-        self.q, self.k, self.v = np.split(self.both, cuts, axis=1)
-        self.sequences = np.array([0] * 5 + [1] * (rows - 5), np.int32)
-        self.positions = np.r_[35:40, 250 : 250 + rows - 5].astype(np.int32)
-        self.table = rope_table(np.arange(1, head_dim // 2 + 1, dtype=np.uint64) << np.uint64(52), 300)
-        self.norms = normal(head_dim, 7), normal(head_dim, 8)
-        self.eps = np.array([1e-5])
-
-    def store(self, normed=False, threads=1):
-        """The operation; returns its status."""
-        cache, norms = self.cache, self.norms if normed else (None, None)
-        at = [part.__array_interface__["data"][0] for part in (self.q, self.k, self.v)]
-        return operate(
-            threads, attention.store_operation, attention.STORE, rows=np.array([self.rows]), q=at[0], k=at[1], v=at[2],
-            q_stride=self.both.shape[1], k_stride=self.both.shape[1], v_stride=self.both.shape[1], cosines=self.table[0],
-            sines=self.table[1], sequences=self.sequences, positions=self.positions, pages=cache.pages,
-            pages_stride=cache.pages.shape[1], keys=cache.key_pool, values=cache.value_pool, heads=3, kv_heads=2,
-            head_dim=self.head_dim, q_norm=norms[0], k_norm=norms[1], eps=self.eps, half=cache.dtype == np.uint16)
-
-    def reference_store(self, normed):
-        """The same by the plain rules."""
-        for x, norm in ((self.q, self.norms[0]), (self.k, self.norms[1])):
-            heads = x.reshape(-1, self.head_dim)
-            if normed:
-                assert reference.rms_norm(heads, norm, self.eps[0], heads, len(heads)) == OK
-            x[:] = heads.reshape(x.shape)
-            reference.rope(turned := x.copy(), *self.table, self.positions, self.rows)
-            x[:] = turned
-        keys, values = self.k, self.v
-        if self.cache.dtype == np.uint16:
-            keys, values = (np.empty(x.shape, np.uint16) for x in (self.k, self.v))
-            assert reference.to_half(self.k, keys, self.rows) == reference.to_half(self.v, values, self.rows) == OK
-        reference.store(keys, values, self.cache.key_pool, self.cache.value_pool, self.cache.pages, self.sequences,
-                        self.positions, self.rows)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim, normed, threads", [(8, False, 1), (20, True, 2), (64, True, 3), (80, False, 2),
-                                                      (128, True, 1)])
-def test_storing_follows_the_reference(dtype, head_dim, normed, threads):
-    ours, theirs = Rows(head_dim, dtype), Rows(head_dim, dtype)
-    assert ours.store(normed, threads) == OK
-    theirs.reference_store(normed)
-    assert_same(ours.q, theirs.q)
-    assert_same(ours.cache.key_pool, theirs.cache.key_pool)
-    assert_same(ours.cache.value_pool, theirs.cache.value_pool)
-
-
-@pytest.mark.parametrize("bad", [65520.0, -1e9, np.inf, np.nan])
-def test_what_a_float16_cannot_hold_is_reported(bad):
-    for part, value in (("k", 4 * bad), ("v", bad)):            # a rotation may shrink a key
-        rows = Rows(16, np.uint16)
-        getattr(rows, part)[7, 3] = value
-        assert rows.store() == OUT_OF_RANGE
-    rows = Rows(16, np.uint16)
-    rows.v[:] = np.float32(65504.0)
-    assert rows.store() == OK
-
-
-def test_a_norm_of_what_is_not_finite_is_reported():
-    rows = Rows(16, np.float32)
-    rows.q[7, 3] = np.nan
-    assert rows.store(normed=True) == NOT_FINITE

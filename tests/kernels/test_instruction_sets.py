@@ -18,7 +18,8 @@ import pytest
 from kernel_inputs import FORMATS, kernel_weights, normal, operate, quantized, stored
 from numba import njit
 from numba.core.registry import cpu_target
-from test_attention import KV_OF_HEAD, LENGTHS, POSITIONS, SEQUENCES, Cache, Rows, queries
+from test_attention import KV_OF_HEAD, LENGTHS, POSITIONS, SEQUENCES, Cache, queries
+from test_kv_store import Rows
 
 from llama_hpc.kernels.cpu import elementwise, joining, products, sampling, target
 from llama_hpc.kernels.cpu.activations import Activation
@@ -60,13 +61,14 @@ def products_in(weights_format):
 
 
 def attention_and_the_rest():
-    for dtype in (np.uint16, np.float32):
+    for dtype in (np.uint16, np.float32, np.int8):
         cache = Cache(LENGTHS, 2, 20, dtype).write()
         for window in (0, 300):
             yield cache.attend(queries(len(POSITIONS), 20), SEQUENCES, POSITIONS, KV_OF_HEAD, window)
         rows = Rows(20, dtype)
         yield rows.store(normed=True), rows.q
-        yield OK, np.nan_to_num(rows.cache.key_pool)
+        pools = rows.cache.key_pool, *rows.cache.scale_pools
+        yield from ((OK, np.nan_to_num(pool)) for pool in pools if pool is not None)
     sums, residual = np.random.default_rng(0).integers(-2**51, 2**51, (3, 40)), normal((3, 40), 2)
     yield operate(joining.join_operation, joining.JOIN, rows=np.array([3]), columns=40, parts=np.array([address(sums)]), ranks=1,
                   kind=joining.FINISH, target=residual, bias=normal(40), spent=np.zeros(1, np.int64)), residual
@@ -74,7 +76,8 @@ def attention_and_the_rest():
     maximum, total = sampling.weigh(logits, weights)
     yield OK, np.array([maximum])
     yield OK, np.append(weights, total)
-    yield OK, np.array([choose(logits, 0.8, 50, 0.95, philox((1, 2), (0, i, 0, 0))[0], sampling.weigh) for i in range(50)])
+    numbers = [philox((1, 2), (0, i, 0, 0))[0] for i in range(50)]
+    yield OK, np.array([choose(logits, 0.8, 50, 0.95, 0.0, number, sampling.weigh) for number in numbers])
 
 
 def digest(formats) -> str:

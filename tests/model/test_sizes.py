@@ -107,13 +107,14 @@ def test_parameters_of_published_models(name, count):
     assert parameters(SHAPES[name]) == count
 
 
-@pytest.mark.parametrize("weights_format", FORMATS)
+@pytest.mark.parametrize(("weights_format", "kv_cache", "dtype"), [
+    ("f32", "auto", "float32"), ("f32", "f16", "uint16"), ("f32", "q8", "int8"), ("q3_5", "q8", "int8"),
+    *((name, "auto", "uint16") for name in FORMATS[1:])])
 @pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_cache_bytes_are_those_of_the_allocated_pools(weights_format, ranks):
+def test_cache_bytes_are_those_of_the_allocated_pools(weights_format, kv_cache, dtype, ranks):
     config = SHAPES["stories260K"]
-    dtype = "float32" if weights_format == "f32" else "uint16"
     for stage in stage_shares(config, 2):
         for index in range(ranks):
             share = TensorShare.of(config, ranks, index)
             cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, 3, 64, dtype)
-            assert cache.nbytes == 3 * 64 * cache_bytes(config, weights_format, stage, share)
+            assert cache.nbytes == 3 * 64 * cache_bytes(config, weights_format, stage, share, kv_cache)
