@@ -1,9 +1,10 @@
 """What every job with a model does around its own work: the grid, the kernels, the weights, the counters, the facts."""
 
-import argparse
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
-from llama_hpc.model.transformer import TransformerStage
+from llama_hpc.model.transformer import StageWeights, TransformerStage
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
@@ -35,24 +36,40 @@ _LOG = logging.getLogger(__name__)
 _POLL = 0.2                     # seconds between looks at the shared counters
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and how it is laid out: ``weights`` is a format or None for the default, ``threads`` those of each rank,
+    ``shape`` the grid or None for the one that suits, ``reduce`` how tensor ranks add up (see ``comm.choose``); ``show``: whether
+    the first rank tells how far long steps have come."""
+
+    model: str
+    weights: str | None
+    threads: int
+    shape: GridShape | None
+    reduce: str = "auto"
+    show: bool = True
+
+
 class ModelJob:
-    """A job on ``comm``, the world, with the options ``args``; methods are collective over it unless they say otherwise.
+    """A job on ``comm``, usually the world; ``node`` holds its ranks on this node. Methods are collective over it unless they say
+    otherwise.
 
     They are called in the order in which they stand here. ``facts``, on the first rank, become the provenance of the output.
     """
 
-    def __init__(self, args: argparse.Namespace, comm: MPI.Comm, node: MPI.Comm, threads: int, shape: GridShape | None):
-        self.args, self.comm, self.node, self.threads, self.asked_shape = args, comm, node, threads, shape
+    def __init__(self, settings: ModelSettings, comm: MPI.Comm, node: MPI.Comm):
+        self.settings, self.comm, self.node, self.threads = settings, comm, node, settings.threads
         self.first = comm.rank == 0
+        self.show, threads = self.first and settings.show, self.threads
         self.facts: dict[str, Any] = collect() if self.first else {}
         with agreed(comm, "starting the threads"):
             self.pool, self.places = Pool(threads), thread_places(threads)
 
     def examine(self) -> Checkpoint:
         """The checkpoint, checked as far as it can be without reading weights; its name goes to ``facts``. Not collective."""
-        checkpoint = open_checkpoint(self.args.model)
-        weights_format(checkpoint, self.args.weights)
-        self.facts["model"] = {"name": self.args.model, "path": str(Path(checkpoint.path).resolve())}
+        checkpoint = open_checkpoint(self.settings.model)
+        weights_format(checkpoint, self.settings.weights)
+        self.facts["model"] = {"name": str(self.settings.model), "path": str(Path(checkpoint.path).resolve())}
         if isinstance(checkpoint, Store):
             self.facts["model"] |= {"source": checkpoint.source, "source_content_hash": checkpoint.source_content_hash}
         return checkpoint
@@ -60,8 +77,8 @@ class ModelJob:
     def open(self) -> None:
         """Opens the model on every rank."""
         with agreed(self.comm, "opening the model"):
-            self.checkpoint = open_checkpoint(self.args.model)
-            self.weights = weights_format(self.checkpoint, self.args.weights)
+            self.checkpoint = open_checkpoint(self.settings.model)
+            self.weights = weights_format(self.checkpoint, self.settings.weights)
 
     def choose_grid(self, *sizes: int, reserved: int = 0) -> Grid:
         """The grid that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
@@ -72,7 +89,7 @@ class ModelJob:
         self.memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN) - reserved
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
         with agreed(self.comm, "choosing the grid"):
-            shape = self.asked_shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes)
+            shape = self.settings.shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes)
             check_grid(config, shape)
         self.grid = Grid.create(self.comm, shape)
         self.part = stage_shares(config, shape.pipeline)[self.grid.stage]
@@ -90,7 +107,7 @@ class ModelJob:
         if not self.first:
             return
         config, weights = self.checkpoint.config, self.weights
-        _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.args.model, config.family,
+        _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.settings.model, config.family,
                   parameters(config) / 1e6, weights, packed_bits(config, weights)[1])
         _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each (%s kernels), %s",
                   self.grid.shape, self.comm.size, hosts, "s" * (hosts > 1), self.threads, "s" * (self.threads > 1), kernels(),
@@ -109,24 +126,25 @@ class ModelJob:
         """Joins over the tensor group, in shared memory where --reduce and the places of the ranks allow."""
         with agreed(self.comm, "preparing the reductions"):
             # Shared windows hold two regions of int64 sums and one of float32 rows.
-            return tensor_reducer(self.grid.tensor_comm, self.args.reduce, self.node.size * self.threads > node_cores(),
+            return tensor_reducer(self.grid.tensor_comm, self.settings.reduce, self.node.size * self.threads > node_cores(),
                                   max_rows * self.checkpoint.config.hidden_size * (2 * 8 + 4))
 
-    def load(self, hashes: dict[str, str] | None = None, **sizes: int) -> TransformerStage:
-        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``hashes`` receives those of tensors."""
-        config, grid, checkpoint = self.checkpoint.config, self.grid, self.checkpoint
-        reducer, stage = self._reducer(sizes["max_rows"]), None
-        steps = loading_steps(config, self.weights, self.part, grid.stage_comm, packed=isinstance(checkpoint, Store))
-        with agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.first) as progress:
-            try:
-                weights = load_stage(checkpoint, self.weights, self.part, self.share, reducer, grid.stage_comm,
-                                     threads=self.threads, progress=progress.update, hashes=hashes, pool=self.pool)
-                stage = TransformerStage(config, self.part, self.share, weights, reducer, self.pool, **sizes)
-            except PeerFailed:
-                pass    # The rank that failed says why.
-        reducer.reset()
+    def load(self, hashes: dict[str, str] | None = None) -> StageWeights:
+        """This rank's weights. ``hashes`` receives those of tensors."""
+        grid, checkpoint, weights = self.grid, self.checkpoint, None
+        steps = loading_steps(checkpoint.config, self.weights, self.part, grid.stage_comm, packed=isinstance(checkpoint, Store))
+        with (agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.show) as progress,
+              suppress(PeerFailed)):    # The rank that failed says why.
+            weights = load_stage(checkpoint, self.weights, self.part, self.share, TensorReducer(grid.tensor_comm),
+                                 grid.stage_comm, threads=self.threads, progress=progress.update, hashes=hashes, pool=self.pool)
         self.content_hash = fingerprint(checkpoint, self.comm)
-        return stage
+        return weights
+
+    def make_stage(self, weights: StageWeights, **sizes: int) -> TransformerStage:
+        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.reducer.free`` gives memory back."""
+        reducer = self._reducer(sizes["max_rows"])
+        with agreed(self.comm, "loading the weights"):
+            return TransformerStage(self.checkpoint.config, self.part, self.share, weights, reducer, self.pool, **sizes)
 
     def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]
              ) -> tuple[Any, float, int]:
@@ -137,7 +155,7 @@ class ModelJob:
         counters = SharedCounters(self.comm, COUNTERS)
         self.comm.Barrier()
         start = time.monotonic()
-        with Progress(total, unit, label, show=self.first) as progress:
+        with Progress(total, unit, label, show=self.show) as progress:
             watch = _Watch(counters, progress) if self.first else None
             result = run(counters, start, watch)
             if watch:
@@ -148,8 +166,10 @@ class ModelJob:
         counters.free()
         return result, seconds, tokens
 
-    def conclude(self, stage: TransformerStage, seconds: float, work: dict[str, Any], **settings: Any) -> None:
-        """Completes ``facts``: ``work`` is what this rank did, ``settings`` what was chosen where no option said so."""
+    def conclude(self, stage: TransformerStage, seconds: float, work: dict[str, Any], options: Mapping[str, Any],
+                 **chosen: Any) -> None:
+        """Completes ``facts``: ``work`` is what this rank did, ``options`` what was asked for, ``chosen`` what was found where no
+        option said so."""
         own = {"host": hostname(), "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
                "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(),
                **stage.reducer.work()}
@@ -158,14 +178,14 @@ class ModelJob:
         if not self.first:
             return
         shape = self.grid.shape
-        given = {name: value for name, value in vars(self.args).items() if name != "command" and value is not None}
+        given = {name: value for name, value in options.items() if name != "command" and value is not None}
         self.facts["model"]["content_hash"] = self.content_hash
         self.facts |= {
             "weights": self.weights, "ranks": self.comm.size, "threads": self.threads,
             "grid": {"data": shape.data, "pipeline": shape.pipeline, "tensor": shape.tensor},
             "kernels": sorted({rank["kernels"] for rank in ranks}),
             "hosts": sorted({rank["host"] for rank in ranks}), "rank_table": ranks,
-            "settings": given | {"weights": self.weights, "threads": self.threads, "grid": str(shape)} | settings,
+            "settings": given | {"weights": self.weights, "threads": self.threads, "grid": str(shape)} | chosen,
             "end_time": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": seconds,
         }
 
