@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from mpi4py import MPI
 
 from llama_hpc.comm.pipeline import StageChannel
 from llama_hpc.engine.logits import LogitsGather
@@ -89,8 +90,8 @@ class InferenceState:
         grid.replica.Bcast(self._fault, grid.leader_rank)
         if self._fault[0]:
             error = error_of(int(self._fault[0]))
-            # Every replica has computed the same.
-            error.collective = True
+            # Every replica has computed the same, so all ranks raise it.
+            error.collective = self._session.comm.size == MPI.COMM_WORLD.size
             raise error
         grid.replica.Bcast(logits, grid.leader_rank)
         self.length += count
