@@ -28,11 +28,11 @@ class Ranks:
     def __init__(self, comm, checkpoints: Path):
         self.world, self.folder, self.stderr = comm, checkpoints, os.dup(2)
 
-    @pytest.fixture(scope="session")
+    @pytest.fixture
     def comm(self):
         return self.world
 
-    @pytest.fixture(scope="session")
+    @pytest.fixture
     def checkpoints(self):
         return self.folder
 
