@@ -16,7 +16,7 @@ _HEAVY = {
     "llama_hpc.engine.pipeline": ("PipelineConfig", "PipelineStage", "PipelineState"),
     "llama_hpc.engine.state": ("InferenceState",),
     "llama_hpc.kernels.cpu.calls": ("attention", "matmul", "matvec", "pack_weights"),
-    "llama_hpc.kernels.cpu.workers": ("NumaHint", "WorkDistribution", "WorkStealingStats", "num_cpus"),
+    "llama_hpc.kernels.cpu.workers": ("NumaHint", "Pool", "WorkDistribution", "WorkStealingStats", "num_cpus"),
     "llama_hpc.model.attention": ("ParallelAttention",),
     "llama_hpc.model.functional": ("all_reduce_sum", "column_parallel_linear", "mlp_tensor_parallel", "row_parallel_linear"),
     "llama_hpc.model.layer": ("ParallelLayer",),

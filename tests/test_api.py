@@ -17,9 +17,9 @@ from llama_hpc.results import digest, read_results, read_scores
 
 NAMES = """
     ColumnParallelLinear Grid GridShape InferenceState LLM NumaHint ParallelAttention ParallelConfig ParallelLayer ParallelMLP
-    PipelineConfig PipelineStage PipelineState RowParallelLinear SamplingParams TensorParallelConfig TensorParallelStrategy
-    Transformer WorkDistribution WorkStealingStats all_reduce_sum attention column_parallel_linear matmul matvec
-    mlp_tensor_parallel num_cpus pack_weights row_parallel_linear
+    PipelineConfig PipelineStage PipelineState Pool RowParallelLinear SamplingParams TensorParallelConfig
+    TensorParallelStrategy Transformer WorkDistribution WorkStealingStats all_reduce_sum attention column_parallel_linear matmul
+    matvec mlp_tensor_parallel num_cpus pack_weights row_parallel_linear
 """
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3, "world": 4, "user": 5}
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -165,7 +165,7 @@ def test_scores_are_those_of_the_command_line(mpirun, llm, model, tmp_path):
 
 def test_a_model_can_be_used_after_a_numeric_fault(model):
     with Transformer.load(model, weights="f32", threads=1) as transformer:
-        head = transformer._session.held.head.weights.data
+        head = transformer.session.held.head.weights.data
         kept = head.copy()
         before = transformer.forward([3, 4])
         head[:] = 1e30
@@ -173,6 +173,8 @@ def test_a_model_can_be_used_after_a_numeric_fault(model):
             transformer.forward([3, 4])
         head[:] = kept
         assert np.array_equal(bits(transformer.forward([3, 4])), bits(before))
+    with pytest.raises(UsageError, match="closed"):
+        transformer.forward([3, 4])
 
 
 SCRIPT = """

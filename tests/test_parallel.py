@@ -114,6 +114,10 @@ def test_arrays_that_do_not_fit():
                                ((q[:1], k[:, :2], k[:, :2], False, 4), "only causal attention")):
         with pytest.raises(ValueError, match=message):
             llama_hpc.attention(*arguments)
+    x, wide = np.zeros((2, 32), np.float32), np.zeros((4, 64), np.float32)
+    for call in (lambda: llama_hpc.column_parallel_linear(x, wide), lambda: llama_hpc.mlp_tensor_parallel(x, wide, wide, wide)):
+        with pytest.raises(UsageError, match="fit"):
+            call()
     with pytest.raises(NumericsError, match="not finite"):
         llama_hpc.row_parallel_linear(np.full((1, 32), np.inf, np.float32), np.ones((4, 32), np.float32))
     with pytest.raises(TypeError, match="not int32"):

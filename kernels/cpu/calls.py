@@ -60,6 +60,8 @@ def products_of(x: np.ndarray, weights: Weights, *, pool: Pool | None = None, wo
                 mode=products.FLOAT, out: np.ndarray | None = None) -> tuple[int, np.ndarray]:
     """(status, x Wᵀ) for float32 x [M, K]: float32 [M, N], or with mode SUMS int64 multiples of 2**-32; ADD adds to ``out``."""
     x, pool = np.ascontiguousarray(x, np.float32), pool or shared_pool(1)
+    if x.ndim != 2 or x.shape[1] != weights.blocks.size or (out is not None and out.shape != (len(x), weights.rows)):
+        raise ValueError(f"x of shape {x.shape} or the result does not fit weights [{weights.rows}, {weights.blocks.size}]")
     out = np.empty((len(x), weights.rows), np.int64 if mode == products.SUMS else np.float32) if out is None else out
     if not len(x):
         return OK, out

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from mpi4py import MPI
 
+    from llama_hpc.engine.session import Session
     from llama_hpc.engine.state import InferenceState
     from llama_hpc.grid import Grid
     from llama_hpc.model.config import ModelConfig
@@ -65,7 +66,7 @@ class Transformer:
         settings = ModelSettings(str(model), weights, threads, shape, reduce, progress)
         if parallel.micro_batches is not None:
             batching = {"micro_batches": parallel.micro_batches} | batching
-        self._session = Session(settings, comm, node, max_seq_len, batching)
+        self._session: Session | None = Session(settings, comm, node, max_seq_len, batching)
         self._scratch: InferenceState | None = None
 
     @classmethod
@@ -74,14 +75,21 @@ class Transformer:
         return cls(path, parallel, **options)
 
     @property
+    def session(self) -> Session:
+        """The engine with the model. Raises UsageError where it was closed."""
+        if self._session is None:
+            raise UsageError("this model is closed: load it again")
+        return self._session
+
+    @property
     def config(self) -> ModelConfig:
         """The model's shapes and switches."""
-        return self._session.checkpoint.config
+        return self.session.checkpoint.config
 
     @property
     def grid(self) -> Grid:
         """This rank's place in the grid, and its communicators."""
-        return self._session.grid
+        return self.session.grid
 
     def forward(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits float32 [n, vocab_size] after each of n tokens, a sequence of its own, on every rank. Collective.
@@ -103,14 +111,16 @@ class Transformer:
         ``max_seq_len``: its tokens at most (default: that of the model, or 2048 where its context is longer).
         """
         from llama_hpc.engine.state import InferenceState
-        return InferenceState(self._session, max_seq_len)
+        return InferenceState(self, max_seq_len)
 
     def close(self) -> None:
         """Gives back threads and memory that ranks share; the model cannot be used afterwards. Collective."""
         if self._scratch is not None:
             self._scratch.close()
             self._scratch = None
-        self._session.close()
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     def __enter__(self) -> Transformer:
         return self
@@ -141,7 +151,7 @@ class LLM(Transformer):
         prompts without ids: ``results.digest([str(i) for i in range(len(prompts))], outputs)`` is its digest.
         Raises UsageError, which names the prompt, and NumericsError.
         """
-        return self._session.generate(prompts, SamplingParams() if params is None else params)
+        return self.session.generate(prompts, SamplingParams() if params is None else params)
 
     def score(self, texts: Sequence[str | Sequence[int]], window: int | None = None, stride: int | None = None) -> list[Score]:
         """Log-probabilities of all tokens of each text, a string or token ids, on every rank alike. Collective.
@@ -149,7 +159,7 @@ class LLM(Transformer):
         A score has ``tokens`` int32 [n], ``logprobs`` float32 [n] (NaN for a token without one, as the first) and ``perplexity``.
         ``window`` and ``stride`` as of ``llama-hpc score``, whose bits these are. Raises UsageError and NumericsError.
         """
-        return self._session.score(texts, window, stride)
+        return self.session.score(texts, window, stride)
 
 
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:

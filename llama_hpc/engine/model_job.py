@@ -60,16 +60,16 @@ class ModelJob:
     def __init__(self, settings: ModelSettings, comm: MPI.Comm, node: MPI.Comm):
         self.settings, self.comm, self.node, self.threads = settings, comm, node, settings.threads
         self.first = comm.rank == 0
-        self.show, threads = self.first and settings.show, self.threads
+        self.show = self.first and settings.show
         self.facts: dict[str, Any] = collect() if self.first else {}
         with agreed(comm, "starting the threads"):
-            self.pool, self.places = Pool(threads), thread_places(threads)
+            self.pool, self.places = Pool(self.threads), thread_places(self.threads)
 
     def examine(self) -> Checkpoint:
         """The checkpoint, checked as far as it can be without reading weights; its name goes to ``facts``. Not collective."""
         checkpoint = open_checkpoint(self.settings.model)
         weights_format(checkpoint, self.settings.weights)
-        self.facts["model"] = {"name": str(self.settings.model), "path": str(Path(checkpoint.path).resolve())}
+        self.facts["model"] = {"name": self.settings.model, "path": str(Path(checkpoint.path).resolve())}
         if isinstance(checkpoint, Store):
             self.facts["model"] |= {"source": checkpoint.source, "source_content_hash": checkpoint.source_content_hash}
         return checkpoint
@@ -143,7 +143,7 @@ class ModelJob:
     def make_stage(self, weights: StageWeights, **sizes: int) -> TransformerStage:
         """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.reducer.free`` gives memory back."""
         reducer = self._reducer(sizes["max_rows"])
-        with agreed(self.comm, "loading the weights"):
+        with agreed(self.comm, "making the buffers"):
             return TransformerStage(self.checkpoint.config, self.part, self.share, weights, reducer, self.pool, **sizes)
 
     def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]

@@ -6,10 +6,11 @@ import numpy as np
 from mpi4py import MPI
 
 from llama_hpc.comm.pipeline import StageChannel
+from llama_hpc.engine.llm import Transformer
 from llama_hpc.engine.logits import LogitsGather
 from llama_hpc.engine.pipeline import PipelineStage
 from llama_hpc.engine.requests import check_token_list, check_vocabulary
-from llama_hpc.engine.session import Session, token_list
+from llama_hpc.engine.session import token_list
 from llama_hpc.errors import UsageError
 from llama_hpc.model.faults import error_of
 from llama_hpc.model.rope import check_positions
@@ -26,7 +27,8 @@ class InferenceState:
     model; what the first rank gives counts. Any number may exist at a time. ``Transformer.state`` and ``LLM.state`` make them.
     """
 
-    def __init__(self, session: Session, max_seq_len: int | None = None):
+    def __init__(self, model: Transformer, max_seq_len: int | None = None):
+        session = model.session
         config, grid = session.checkpoint.config, session.grid
         self.max_seq_len, self.length = max_seq_len or session.usual_length, 0
         with agreed(session.comm, "making a state"):

@@ -1,12 +1,15 @@
 """Products of arrays that several ranks share, without a model: as its layers compute them, so with the same bits on any number.
 
 ``weights`` are a rank's share, float32 [outputs, inputs] or packed ones (``pack_weights``). Without a communicator shares can be
-computed one after the other in one process: ``partial`` gives int64 multiples of 2**-32, which ``others`` takes.
+computed one after the other in one process: ``partial`` gives int64 multiples of 2**-32, which ``others`` takes. Arrays that do
+not fit each other raise UsageError.
 """
+
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
-from llama_hpc.errors import NumericsError
+from llama_hpc.errors import NumericsError, UsageError
 from llama_hpc.kernels.cpu import products
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.calls import add_product, add_quantize, pack_weights, products_of, shared_pool
@@ -91,6 +94,9 @@ def mlp_tensor_parallel(x: np.ndarray, gate: np.ndarray | Weights, up: np.ndarra
 
 
 def _mlp(x: np.ndarray, gate: Weights, up: Weights, down: Weights, pool: Pool) -> np.ndarray:
+    if gate.layout != up.layout or not gate.rows == up.rows == down.blocks.size or x.shape[1:] != (gate.blocks.size,):
+        raise ValueError(f"gate [{gate.rows}, {gate.blocks.size}], up [{up.rows}, {up.blocks.size}] and down [{down.rows}, "
+                         f"{down.blocks.size}] do not fit each other and x of shape {x.shape}")
     x, sums, tokens = np.ascontiguousarray(x, np.float32), np.zeros((len(x), down.rows), np.int64), np.array([len(x)])
     if not len(x) or not gate.rows:
         return sums
@@ -128,6 +134,11 @@ def _joined(sums: np.ndarray, bias: np.ndarray | None, comm, partial: bool, othe
     return y if bias is None else y + np.asarray(bias, np.float32)
 
 
+@contextmanager
 def _agreed(comm):
-    from contextlib import nullcontext
-    return nullcontext() if comm is None or comm.size == 1 else agreed(comm, "computing a product")
+    """A block that fails on all ranks or on none; arguments that do not fit become a UsageError."""
+    with nullcontext() if comm is None or comm.size == 1 else agreed(comm, "computing a product"):
+        try:
+            yield
+        except ValueError as error:
+            raise UsageError(str(error)) from error
