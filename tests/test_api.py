@@ -116,7 +116,8 @@ def test_bad_prompts(llm, prompts, params, message):
     ({"weights": "q5"}, "weights must be one of"), ({"reduce": "x"}, "reduce must be one of"), ({"threads": 0}, "at least 1"),
     ({"parallel": "1x1x1"}, "a ParallelConfig"), ({"parallel": ParallelConfig(tensor=2)}, "start 2 ranks"),
     ({"max_seqs": 0}, "max_seqs"), ({"max_seq_len": 999}, "longer than the model's context"),
-    ({"kv_memory": 1.5}, "kv_memory must be")])
+    ({"kv_memory": 1.5}, "kv_memory must be"),
+    ({"max_seq": 3}, "no option 'max_seq'"), ({"max_seq_len": 1}, "at least 2")])
 def test_bad_settings(model, options, message):
     with pytest.raises(UsageError, match=message):
         LLM(model, **options)

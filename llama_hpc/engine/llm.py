@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from llama_hpc.model.config import ModelConfig
     from llama_hpc.results import Output, Score
 
-_FORMATS = (None, "q3_5", "q4", "q8", "f16", "f32")
-_REDUCE = ("auto", "mpi", "shared", "one-sided")
+FORMATS = ("q3_5", "q4", "q8", "f16", "f32")      # of weights
+REDUCE = ("auto", "mpi", "shared", "one-sided")
 
 
 class Transformer:
@@ -55,8 +55,8 @@ class Transformer:
         comm = everyone if comm is None else comm
         parallel = ParallelConfig() if parallel is None else parallel
         def read() -> GridShape | None:
-            _check_choice("weights", weights, _FORMATS)
-            _check_choice("reduce", reduce, _REDUCE)
+            _check_choice("weights", weights, (None, *FORMATS))
+            _check_choice("reduce", reduce, REDUCE)
             if not isinstance(parallel, ParallelConfig):
                 raise UsageError(f"parallel must be a ParallelConfig, got {parallel!r}")
             return parallel.shape(comm.size)
@@ -100,7 +100,7 @@ class Transformer:
             if self._scratch is not None:
                 self._scratch.close()
             # Powers of two: few texts of growing length need a new one.
-            length = min(1 << max(8, (len(token_ids) - 1).bit_length()), self.config.context_length)
+            length = min(1 << max(8, (len(token_ids) - 1).bit_length()), self.session.context)
             self._scratch = self.state(length)
         self._scratch.rewind()
         return self._scratch.forward(token_ids)

@@ -1,6 +1,7 @@
 """A model that stays loaded: answers, scores and logits, again and again, by the engine of the command line."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from llama_hpc.engine.documents import Document, ReadyDocument, tokenize, window
 from llama_hpc.engine.model_job import ModelJob, ModelSettings
 from llama_hpc.engine.prepare import check_max_seq_len, prepare
 from llama_hpc.engine.requests import Request
-from llama_hpc.engine.sampling_params import SamplingParams, shown
+from llama_hpc.engine.sampling_params import SamplingParams, is_integer, shown
 from llama_hpc.engine.scoring import plan_scoring, score, scores_of
 from llama_hpc.engine.scoring import sizes_for as scoring_sizes
 from llama_hpc.errors import UsageError
@@ -38,7 +39,12 @@ class Session(ModelJob):
         self.open()
         config = self.checkpoint.config
         with agreed(comm, "reading the settings"):
+            allowed = [field.name for field in fields(Batching)]
+            if unknown := [name for name in batching if name not in allowed]:
+                raise UsageError(f"there is no option {shown(unknown[0])}: allowed are also {', '.join(allowed)}")
             self.batching = Batching(**batching)
+            if max_seq_len is not None and not (is_integer(max_seq_len) and max_seq_len > 1):
+                raise UsageError(f"max_seq_len must be a whole number of at least 2, got {shown(max_seq_len)}")
             check_max_seq_len(max_seq_len, config)
         self.max_seq_len, sequences = max_seq_len, self.batching.max_seqs
         self.choose_grid(comm.size * sequences, sequences, self.usual_length)
@@ -50,9 +56,15 @@ class Session(ModelJob):
         self._sizes: dict[str, int] = {}
 
     @property
+    def context(self) -> int:
+        """Positions that a sequence can have."""
+        config = self.checkpoint.config
+        return config.rope.original_context or config.context_length if config.rope.kind == "dynamic" else config.context_length
+
+    @property
     def usual_length(self) -> int:
         """Positions of a sequence, where nothing else is known of it."""
-        return self.max_seq_len or min(self.checkpoint.config.context_length, USUAL_LENGTH)
+        return self.max_seq_len or min(self.context, USUAL_LENGTH)
 
     def generate(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams]) -> list[Output]:
         """The answers, prompt by prompt, sample by sample; their digest is that of ``llama-hpc run`` for prompts without ids."""
