@@ -143,7 +143,7 @@ class ModelJob:
     def make_stage(self, weights: StageWeights, **sizes: int) -> TransformerStage:
         """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.reducer.free`` gives memory back."""
         reducer = self._reducer(sizes["max_rows"])
-        with agreed(self.comm, "making the buffers"):
+        with agreed(self.comm, "making the KV cache"):
             return TransformerStage(self.checkpoint.config, self.part, self.share, weights, reducer, self.pool, **sizes)
 
     def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]

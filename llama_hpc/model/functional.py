@@ -26,7 +26,7 @@ def all_reduce_sum(array: np.ndarray, comm=None, out: np.ndarray | None = None) 
     ``array`` is int64, or float32 [...], of which multiples of 2**-32 are added. ``out`` takes the result and may be ``array``.
     Raises TypeError for another type, NumericsError for floats that are not finite or 2**20 or more.
     """
-    array = np.asarray(array)
+    array = np.asarray(array, order="C")
     if array.dtype not in (np.int64, np.float32):
         raise TypeError(f"all_reduce_sum adds int64 or float32, not {array.dtype}")
     if array.dtype == np.int64:
