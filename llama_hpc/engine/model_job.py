@@ -22,7 +22,7 @@ from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
-from llama_hpc.model.transformer import StageWeights, TransformerStage
+from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cache
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
@@ -142,9 +142,13 @@ class ModelJob:
 
     def make_stage(self, weights: StageWeights, **sizes: int) -> TransformerStage:
         """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.reducer.free`` gives memory back."""
-        reducer = self._reducer(sizes["max_rows"])
+        whose = self.checkpoint.config, self.part, self.share, weights
+        # Before anything that ranks make together, in which the others would wait for one that failed.
         with agreed(self.comm, "making the KV cache"):
-            return TransformerStage(self.checkpoint.config, self.part, self.share, weights, reducer, self.pool, **sizes)
+            cache = make_cache(*whose, sizes["sequences"], sizes["max_seq_len"], sizes.get("pages"))
+        reducer = self._reducer(sizes["max_rows"])
+        with agreed(self.comm, "making the buffers"):
+            return TransformerStage(*whose, reducer, self.pool, **sizes, cache=cache)
 
     def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]
              ) -> tuple[Any, float, int]:

@@ -106,16 +106,25 @@ class Buffers:
                           weight=weight, eps=self.eps, selected=selected, target=target.record, keep=(target,))
 
 
+def make_cache(config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, sequences: int,
+               max_seq_len: int, pages: int | None = None) -> KVCache:
+    """The KV cache of one rank, see ``KVCache``. Not collective."""
+    return KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
+                   np.uint16 if weights.half_cache else np.float32, pages)
+
+
 class TransformerStage:
-    """The part of a model that one rank computes. ``forward`` is collective over the tensor group."""
+    """The part of a model that one rank computes. Making one, and ``forward``, are collective over the tensor group.
+
+    ``cache``: made already by ``make_cache`` for the same sizes, so that no rank fails here alone for want of memory.
+    """
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
                  pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
-                 schedule: str = "steal"):
+                 schedule: str = "steal", cache: KVCache | None = None):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.faults = Faults()
-        self.cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
-                             np.uint16 if weights.half_cache else np.float32, pages)
+        self.cache = cache or make_cache(config, stage, share, weights, sequences, max_seq_len, pages)
         self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len)
         pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))
         self.steps = Steps(pool, reducer, self.faults, schedule)
