@@ -3,11 +3,7 @@
 import argparse
 import re
 
-FORMATS = ("q3_5", "q4", "q8", "f16", "f32")      # of weights
-
-KV_CACHES = ("auto", "f16", "q8")
-
-REDUCE = ("auto", "mpi", "shared", "one-sided")
+from llama_hpc.engine.llm import FORMATS, KV_CACHES, REDUCE
 
 
 def whole(lowest: int, highest: int | None = None):

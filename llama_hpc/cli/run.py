@@ -62,9 +62,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Collective over the world, one call a rank. Returns 0; errors are exceptions."""
-    comm, node, threads, shape, (params, targets) = start(args, _read)
+    settings, comm, node, (params, targets) = start(args, _read)
     from llama_hpc.engine.job import Job
-    return Job(args, comm, node, threads, shape, params, targets).run()
+    return Job(args, settings, comm, node, params, targets).run()
 
 
 def _read(args: argparse.Namespace) -> tuple:

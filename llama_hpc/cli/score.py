@@ -31,6 +31,6 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Collective over the world, one call a rank. Returns 0; errors are exceptions."""
-    comm, node, threads, shape, _ = start(args)
+    settings, comm, node, _ = start(args)
     from llama_hpc.engine.score_job import ScoreJob
-    return ScoreJob(args, comm, node, threads, shape).run()
+    return ScoreJob(args, settings, comm, node).run()

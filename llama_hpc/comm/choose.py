@@ -29,9 +29,10 @@ def tensor_reducer(comm: MPI.Comm, mode: str, crowded: bool, window_bytes: int =
         raise UsageError(f"--reduce shared needs all {comm.size} ranks of a tensor group on one node, but one has {smallest} of "
                          "them: use --reduce auto, or fewer tensor ranks")
     room = comm.allreduce(mode == "shared" or _room() > 2 * window_bytes * node.size, MPI.LAND)
-    if largest == 1 or not room:
-        return TensorReducer(comm)
-    return SharedReducer(comm, crowded) if smallest == comm.size else CombinedReducer(comm, node, crowded)
+    if room and largest > 1 and smallest < comm.size:
+        return CombinedReducer(comm, node, crowded)
+    node.Free()
+    return SharedReducer(comm, crowded) if room and largest > 1 else TensorReducer(comm)
 
 
 def _room() -> int:

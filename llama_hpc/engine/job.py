@@ -1,37 +1,37 @@
 """A whole run, from the settings of the command line to the result file. Every step is collective over the world."""
 
+import argparse
 import logging
+from dataclasses import fields
 from pathlib import Path
 
-from llama_hpc.comm.counter import SharedCounters
+from mpi4py import MPI
+
+from llama_hpc.engine.answering import Batching, answer, plan_batches, sizes_for
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.latency import Target, report
-from llama_hpc.engine.layout import check_pages
-from llama_hpc.engine.model_job import ModelJob
-from llama_hpc.engine.pipeline import PipelineConfig
-from llama_hpc.engine.prepare import eos_ids, longest, prepare
-from llama_hpc.engine.queue import RequestQueue, in_order
-from llama_hpc.engine.replica import BatchPlan, Replica
+from llama_hpc.engine.model_job import ModelJob, ModelSettings
+from llama_hpc.engine.prepare import longest, prepare
+from llama_hpc.engine.replica import Replica
 from llama_hpc.engine.requests import read_requests
-from llama_hpc.engine.scheduler import StepLimits
+from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.engine.summary import RankReport, arrays, summary, trace
 from llama_hpc.errors import UsageError
 from llama_hpc.kernels.numerics import PAGE
-from llama_hpc.model.kv_cache import pages_of
-from llama_hpc.model.transformer import TransformerStage
 from llama_hpc.results import Output, check_output_path, write_results
-from llama_hpc.runtime.abort import agreed, on_first
+from llama_hpc.runtime.abort import on_first
 from llama_hpc.text import load_tokenizer
 
 _LOG = logging.getLogger(__name__)
 
 
 class Job(ModelJob):
-    """One run of ``llama-hpc run``: ``run`` does everything. ``params`` are the sampling settings of all prompts."""
+    """One run of ``llama-hpc run`` with the options ``args``: ``run`` does everything. ``params``: what prompts do not set."""
 
-    def __init__(self, args, comm, node, threads, shape, params, targets: list[Target]):
-        super().__init__(args, comm, node, threads, shape)
-        self.params, self.targets, self.requests, self.texts = params, targets, [], []
+    def __init__(self, args: argparse.Namespace, settings: ModelSettings, comm: MPI.Comm, node: MPI.Comm, params: SamplingParams,
+                 targets: list[Target]):
+        super().__init__(settings, comm, node)
+        self.args, self.params, self.targets, self.requests, self.texts = args, params, targets, [], []
         self.hashes: dict[str, str] | None = {} if args.hash_weights else None
 
     def run(self) -> int:
@@ -41,18 +41,18 @@ class Job(ModelJob):
         samples = sum(r.params.n for r in ready)
         grid = self.choose_grid(samples, self.args.max_seqs, longest(ready),
                                 -(-sum(r.params.n * (len(r.prompt) + r.limit) for r in ready) // samples))
-        plan = self._plan(ready)
+        batching = Batching(**{field.name: getattr(self.args, field.name) for field in fields(Batching)})
+        plan = plan_batches(self, ready, batching, tuple(self.targets))
         self.announce(f"{plan.max_seqs} sequences and {plan.pages * PAGE} tokens in the cache of a replica")
         self.compile()
-        stage = self.load(self.hashes if grid.data_index == 0 else None, sequences=plan.max_seqs, max_seq_len=longest(ready),
-                          max_rows=plan.limits.token_budget, max_outputs=plan.max_seqs, pages=plan.pages)
-        replica, seconds, tokens = self.work(
-            len(ready), "prompts", "answering",
-            lambda counters, start, tick: self._answer(stage, plan, ready, counters, start, tick))
+        stage = self.make_stage(self.load(self.hashes if grid.data_index == 0 else None), **sizes_for(plan, ready))
+        tokenizer = load_tokenizer(self.checkpoint.path) if grid.is_leader else None
+        replica, seconds, tokens = answer(self, stage, plan, ready, tokenizer)
         if self.first:
             _LOG.info("%d prompts answered with %d tokens in %.2f s: %.1f tokens/s",
                       len(ready), tokens, seconds, tokens / seconds)
-        self.conclude(stage, seconds, replica.work() | {"answers": len(replica.outputs)}, micro_batches=plan.depth)
+        self.conclude(stage, seconds, replica.work() | {"answers": len(replica.outputs)}, vars(self.args),
+                      micro_batches=plan.depth)
         self._finish(replica)
         return 0
 
@@ -68,36 +68,6 @@ class Job(ModelJob):
             raise UsageError("--slo sets targets for requests that arrive over time: give each prompt its arrival_s")
         ready, self.texts = prepare(self.requests, tokenizer, checkpoint.config, self.args.max_seq_len)
         return ready
-
-    def _plan(self, ready: list[ReadyRequest]) -> BatchPlan:
-        """How replicas batch; the cache is as large as the rank of least room of each replica allows."""
-        args, config, shape = self.args, self.checkpoint.config, self.grid.shape
-        most = max(r.params.n for r in ready)       # of which one replica answers all
-        at_once = min(args.max_seqs, max(most, -(-sum(r.params.n for r in ready) // shape.data)))
-        pages = self.pages(args.kv_memory)
-        with agreed(self.comm, "planning the KV cache"):
-            check_pages(pages, ready, args.kv_memory is not None)
-        budget = min(args.token_budget, at_once * longest(ready))
-        pipeline = PipelineConfig.for_model(config.num_layers, config.hidden_size, stages=shape.pipeline)
-        depth = args.micro_batches or pipeline.micro_batches
-        prefill = args.prefill_micro_batch or (budget if depth == 1 else pipeline.prefill_micro_batch)
-        return BatchPlan(at_once, depth, StepLimits(budget, min(prefill, budget), args.decode_micro_batch or 0),
-                         min(pages, at_once * pages_of(longest(ready))), args.prefix_sharing, args.adapt, tuple(self.targets))
-
-    def _answer(self, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], counters: SharedCounters,
-                start: float, tick) -> Replica:
-        """This rank's part of a replica, which has the answers (on its leader)."""
-        grid, checkpoint = self.grid, self.checkpoint
-        tokenizer = load_tokenizer(checkpoint.path) if grid.is_leader else None
-        eos = eos_ids(checkpoint.config, tokenizer)
-        def decode(ids) -> str:
-            return tokenizer.decode(ids, continuation=True)
-        # So many requests run at a time even if each wants the most samples.
-        at_once = max(1, plan.max_seqs // max(r.params.n for r in ready))
-        queue = RequestQueue(*in_order(ready), counters, grid.data_index, grid.shape.data, at_once)
-        replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, tick)
-        replica.run()
-        return replica
 
     def _finish(self, replica: Replica) -> None:
         grid = self.grid

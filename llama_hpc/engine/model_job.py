@@ -1,9 +1,10 @@
 """What every job with a model does around its own work: the grid, the kernels, the weights, the counters, the facts."""
 
-import argparse
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.kv_cache import cache_format
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
-from llama_hpc.model.transformer import TransformerStage
+from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cache
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
@@ -36,24 +37,43 @@ _LOG = logging.getLogger(__name__)
 _POLL = 0.2                     # seconds between looks at the shared counters
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and how it is laid out: ``weights`` is a format or None for the default, ``threads`` those of each rank,
+    ``shape`` the grid or None for the one that suits, ``reduce`` how tensor ranks add up (see ``comm.choose``),
+    ``sequence_parallel`` from how many tokens of a step on they also deal out rows (0: never), ``kv_cache`` the cache's format
+    (see ``model.kv_cache``); ``show``: whether the first rank tells how far long steps have come."""
+
+    model: str
+    weights: str | None
+    threads: int
+    shape: GridShape | None
+    reduce: str = "auto"
+    sequence_parallel: int = 2048
+    kv_cache: str = "auto"
+    show: bool = True
+
+
 class ModelJob:
-    """A job on ``comm``, the world, with the options ``args``; methods are collective over it unless they say otherwise.
+    """A job on ``comm``, usually the world; ``node`` holds its ranks on this node. Methods are collective over it unless they say
+    otherwise.
 
     They are called in the order in which they stand here. ``facts``, on the first rank, become the provenance of the output.
     """
 
-    def __init__(self, args: argparse.Namespace, comm: MPI.Comm, node: MPI.Comm, threads: int, shape: GridShape | None):
-        self.args, self.comm, self.node, self.threads, self.asked_shape = args, comm, node, threads, shape
+    def __init__(self, settings: ModelSettings, comm: MPI.Comm, node: MPI.Comm):
+        self.settings, self.comm, self.node, self.threads = settings, comm, node, settings.threads
         self.first = comm.rank == 0
+        self.show = self.first and settings.show
         self.facts: dict[str, Any] = collect() if self.first else {}
         with agreed(comm, "starting the threads"):
-            self.pool, self.places = Pool(threads), thread_places(threads)
+            self.pool, self.places = Pool(self.threads), thread_places(self.threads)
 
     def examine(self) -> Checkpoint:
         """The checkpoint, checked as far as it can be without reading weights; its name goes to ``facts``. Not collective."""
-        checkpoint = open_checkpoint(self.args.model)
-        weights_format(checkpoint, self.args.weights)
-        self.facts["model"] = {"name": self.args.model, "path": str(Path(checkpoint.path).resolve())}
+        checkpoint = open_checkpoint(self.settings.model)
+        weights_format(checkpoint, self.settings.weights)
+        self.facts["model"] = {"name": self.settings.model, "path": str(Path(checkpoint.path).resolve())}
         if isinstance(checkpoint, Store):
             self.facts["model"] |= {"source": checkpoint.source, "source_content_hash": checkpoint.source_content_hash}
         return checkpoint
@@ -61,9 +81,9 @@ class ModelJob:
     def open(self) -> None:
         """Opens the model on every rank."""
         with agreed(self.comm, "opening the model"):
-            self.checkpoint = open_checkpoint(self.args.model)
-            self.weights = weights_format(self.checkpoint, self.args.weights)
-            self.kv_cache = cache_format(self.args.kv_cache, self.weights)
+            self.checkpoint = open_checkpoint(self.settings.model)
+            self.weights = weights_format(self.checkpoint, self.settings.weights)
+            self.kv_cache = cache_format(self.settings.kv_cache, self.weights)
 
     def choose_grid(self, *sizes: int, reserved: int = 0) -> Grid:
         """The grid that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
@@ -74,8 +94,8 @@ class ModelJob:
         self.memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN) - reserved
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
         with agreed(self.comm, "choosing the grid"):
-            shape = self.asked_shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes,
-                                                  kv_cache=self.kv_cache)
+            shape = self.settings.shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes,
+                                                     kv_cache=self.kv_cache)
             check_grid(config, shape)
         self.grid = Grid.create(self.comm, shape)
         self.part = stage_shares(config, shape.pipeline)[self.grid.stage]
@@ -93,7 +113,7 @@ class ModelJob:
         if not self.first:
             return
         config, weights = self.checkpoint.config, self.weights
-        _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.args.model, config.family,
+        _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.settings.model, config.family,
                   parameters(config) / 1e6, weights, packed_bits(config, weights)[1])
         _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each (%s kernels), %s",
                   self.grid.shape, self.comm.size, hosts, "s" * (hosts > 1), self.threads, "s" * (self.threads > 1), kernels(),
@@ -112,25 +132,29 @@ class ModelJob:
         """Joins over the tensor group, in shared memory where --reduce and the places of the ranks allow."""
         with agreed(self.comm, "preparing the reductions"):
             # Shared windows hold two regions of int64 sums and one of float32 rows.
-            return tensor_reducer(self.grid.tensor_comm, self.args.reduce, self.node.size * self.threads > node_cores(),
+            return tensor_reducer(self.grid.tensor_comm, self.settings.reduce, self.node.size * self.threads > node_cores(),
                                   max_rows * self.checkpoint.config.hidden_size * (2 * 8 + 4))
 
-    def load(self, hashes: dict[str, str] | None = None, **sizes: int) -> TransformerStage:
-        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``hashes`` receives those of tensors."""
-        config, grid, checkpoint = self.checkpoint.config, self.grid, self.checkpoint
-        reducer, stage = self._reducer(sizes["max_rows"]), None
-        steps = loading_steps(config, self.weights, self.part, grid.stage_comm, packed=isinstance(checkpoint, Store))
-        with agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.first) as progress:
-            try:
-                weights = load_stage(checkpoint, self.weights, self.part, self.share, reducer, grid.stage_comm,
-                                     threads=self.threads, progress=progress.update, hashes=hashes, pool=self.pool)
-                stage = TransformerStage(config, self.part, self.share, weights, reducer, self.pool, kv_cache=self.kv_cache,
-                                         spread_from=self.args.sequence_parallel, **sizes)
-            except PeerFailed:
-                pass    # The rank that failed says why.
-        reducer.reset()
+    def load(self, hashes: dict[str, str] | None = None) -> StageWeights:
+        """This rank's weights. ``hashes`` receives those of tensors."""
+        grid, checkpoint, weights = self.grid, self.checkpoint, None
+        steps = loading_steps(checkpoint.config, self.weights, self.part, grid.stage_comm, packed=isinstance(checkpoint, Store))
+        with (agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.show) as progress,
+              suppress(PeerFailed)):    # The rank that failed says why.
+            weights = load_stage(checkpoint, self.weights, self.part, self.share, TensorReducer(grid.tensor_comm),
+                                 grid.stage_comm, threads=self.threads, progress=progress.update, hashes=hashes, pool=self.pool)
         self.content_hash = fingerprint(checkpoint, self.comm)
-        return stage
+        return weights
+
+    def make_stage(self, weights: StageWeights, **sizes: int) -> TransformerStage:
+        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.reducer.free`` gives memory back."""
+        whose = self.checkpoint.config, self.part, self.share, weights
+        # Before anything that ranks make together, in which the others would wait for one that failed.
+        with agreed(self.comm, "making the KV cache"):
+            cache = make_cache(*whose, sizes["sequences"], sizes["max_seq_len"], sizes.get("pages"), self.kv_cache)
+        reducer = self._reducer(sizes["max_rows"])
+        with agreed(self.comm, "making the buffers"):
+            return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=self.settings.sequence_parallel, cache=cache)
 
     def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]
              ) -> tuple[Any, float, int]:
@@ -141,7 +165,7 @@ class ModelJob:
         counters = SharedCounters(self.comm, COUNTERS)
         self.comm.Barrier()
         start = time.monotonic()
-        with Progress(total, unit, label, show=self.first) as progress:
+        with Progress(total, unit, label, show=self.show) as progress:
             watch = _Watch(counters, progress) if self.first else None
             result = run(counters, start, watch)
             if watch:
@@ -152,8 +176,10 @@ class ModelJob:
         counters.free()
         return result, seconds, tokens
 
-    def conclude(self, stage: TransformerStage, seconds: float, work: dict[str, Any], **settings: Any) -> None:
-        """Completes ``facts``: ``work`` is what this rank did, ``settings`` what was chosen where no option said so."""
+    def conclude(self, stage: TransformerStage, seconds: float, work: dict[str, Any], options: Mapping[str, Any],
+                 **chosen: Any) -> None:
+        """Completes ``facts``: ``work`` is what this rank did, ``options`` what was asked for, ``chosen`` what was found where no
+        option said so."""
         own = {"host": hostname(), "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
                "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(),
                **stage.reducer.work()}
@@ -162,7 +188,7 @@ class ModelJob:
         if not self.first:
             return
         shape = self.grid.shape
-        given = {name: value for name, value in vars(self.args).items() if name != "command" and value is not None}
+        given = {name: value for name, value in options.items() if name != "command" and value is not None}
         self.facts["model"]["content_hash"] = self.content_hash
         self.facts |= {
             "weights": self.weights, "kv_cache": self.kv_cache, "ranks": self.comm.size, "threads": self.threads,
@@ -170,7 +196,7 @@ class ModelJob:
             "kernels": sorted({rank["kernels"] for rank in ranks}),
             "hosts": sorted({rank["host"] for rank in ranks}), "rank_table": ranks,
             "settings": given | {"weights": self.weights, "kv_cache": self.kv_cache, "threads": self.threads,
-                                 "grid": str(shape)} | settings,
+                                 "grid": str(shape)} | chosen,
             "end_time": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": seconds,
         }
 

@@ -131,22 +131,28 @@ class Buffers:
                           keep=(target,))
 
 
-class TransformerStage:
-    """The part of a model that one rank computes. ``forward`` is collective over the tensor group.
+def make_cache(config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, sequences: int,
+               max_seq_len: int, pages: int | None = None, kv_cache: str | None = None) -> KVCache:
+    """The KV cache of one rank, see ``KVCache``; ``kv_cache``: of DTYPES, or None for what suits the weights. Not collective."""
+    return KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
+                   DTYPES[kv_cache or weights.kv_cache], pages)
 
-    ``kv_cache``: one of ``kv_cache.DTYPES``, or None for what suits the weights.
+
+class TransformerStage:
+    """The part of a model that one rank computes. Making one, and ``forward``, are collective over the tensor group.
+
+    ``cache``: made already by ``make_cache`` for the same sizes, so that no rank fails here alone for want of memory.
     """
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
                  pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
-                 kv_cache: str | None = None, schedule: str = "steal", spread_from: int = 0):
+                 schedule: str = "steal", spread_from: int = 0, cache: KVCache | None = None):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.faults = Faults()
         # Rows of a step from which tensor ranks deal them out among themselves.
         self.spread_from = spread_from if spread_from and reducer.size > 1 else max_rows + 1
         self.spread_steps = 0
-        self.cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
-                             DTYPES[kv_cache or weights.kv_cache], pages)
+        self.cache = cache or make_cache(config, stage, share, weights, sequences, max_seq_len, pages)
         self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len,
                                self.spread_from <= max_rows)
         pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))

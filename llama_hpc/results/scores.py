@@ -74,6 +74,11 @@ class Score:
     def totals(self) -> Totals:
         return Totals.of(self.logprobs)
 
+    @property
+    def perplexity(self) -> float:
+        """See ``Totals``; NaN where no token has a log-probability."""
+        return self.totals.perplexity
+
 
 @dataclass
 class Scores:

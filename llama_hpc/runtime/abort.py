@@ -41,6 +41,24 @@ def guarded(function) -> int:
         return _leave(shown, shown.exit_code)
 
 
+def end_job_on_errors() -> None:
+    """From now on an exception that ends the script of one rank ends the whole job: the others would wait for it for ever.
+
+    Ours are one line, others keep their traceback. Interactive sessions, which go on after an exception, do not call the hook.
+    """
+    sys.excepthook = _end_job
+
+
+def _end_job(kind, error, trace) -> None:
+    if isinstance(error, LlamaHpcError | KeyboardInterrupt):
+        def again():
+            raise error
+        guarded(again)
+        return
+    sys.__excepthook__(kind, error, trace)
+    _leave(None, 1)
+
+
 @contextmanager
 def agreed(comm, what: str):
     """A block that succeeds on all ranks of ``comm`` or fails on all of them. Collective over ``comm``.

@@ -30,6 +30,20 @@ _LOCAL_TASKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TAS
 _GIVE_WAY = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 
 
+def configure_mpi() -> None:
+    """Settings that MPI reads when it is started; no effect later."""
+    import mpi4py
+
+    if "mpi4py.MPI" in sys.modules:
+        return
+    mpi4py.rc.thread_level = "serialized"
+    # Open MPI's UCX component prints an error line for every window where there is no such network.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    if local_tasks() > node_cores():
+        for name, value in _GIVE_WAY.items():
+            os.environ.setdefault(name, value)
+
+
 def world():
     """MPI.COMM_WORLD, initialising MPI on the first call (collective then, as MPI_Init is).
 
@@ -37,15 +51,7 @@ def world():
     that wait give way where the library can.
     Raises LaunchError (collective) when no MPI library can be loaded.
     """
-    import mpi4py
-
-    if "mpi4py.MPI" not in sys.modules:
-        mpi4py.rc.thread_level = "serialized"
-        # Open MPI's UCX component prints an error line for every window where there is no such network.
-        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
-        if local_tasks() > node_cores():
-            for name, value in _GIVE_WAY.items():
-                os.environ.setdefault(name, value)
+    configure_mpi()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

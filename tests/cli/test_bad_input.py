@@ -184,7 +184,7 @@ CASES = {f"{group}: {name}": case for group, cases in [
 # What befalls one rank (the last, but for the result file, which the first one writes), and what the line says.
 FAULTS = {
     "cannot read": ("model.safetensors: Input/output error while loading the weights on rank {rank} (",),
-    "memory": ("out of memory while loading the weights on rank {rank} (",),
+    "memory": ("out of memory while making the KV cache on rank {rank} (",),
     "bug": ("internal error on rank {rank} (", "ValueError: an odd value (traceback in "),
     "disk full": ("cannot write the results to out.h5: No space left on device",),
 }
