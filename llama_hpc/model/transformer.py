@@ -146,13 +146,13 @@ class TransformerStage:
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
                  pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
-                 schedule: str = "steal", spread_from: int = 0, cache: KVCache | None = None):
+                 kv_cache: str | None = None, schedule: str = "steal", spread_from: int = 0, cache: KVCache | None = None):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.faults = Faults()
         # Rows of a step from which tensor ranks deal them out among themselves.
         self.spread_from = spread_from if spread_from and reducer.size > 1 else max_rows + 1
         self.spread_steps = 0
-        self.cache = cache or make_cache(config, stage, share, weights, sequences, max_seq_len, pages)
+        self.cache = cache or make_cache(config, stage, share, weights, sequences, max_seq_len, pages, kv_cache)
         self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len,
                                self.spread_from <= max_rows)
         pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))
