@@ -7,6 +7,7 @@ from ..numerics import BLOCK, OK, PAGE
 from . import attention as paged
 from . import elementwise, products, quantize
 from .activations import Activation
+from .kv_store import padded_head_dim
 from .memory import address
 from .program import Program
 from .weights import Part, Weights, allocate, fill
@@ -158,6 +159,6 @@ def _pages(k: np.ndarray, v: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray]
         whole[:positions] = x
         return whole.reshape(pages, PAGE, kv_heads, head_dim)
     keys = np.ascontiguousarray(filled(k).transpose(0, 2, 3, 1))
-    values = np.zeros((pages, kv_heads, PAGE, paged.padded_head_dim(head_dim)), dtype)
+    values = np.zeros((pages, kv_heads, PAGE, padded_head_dim(head_dim)), dtype)
     values[..., :head_dim] = filled(v).transpose(0, 2, 1, 3)
     return keys, values
