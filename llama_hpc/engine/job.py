@@ -70,10 +70,9 @@ class Job(ModelJob):
         return ready
 
     def _finish(self, replica: Replica) -> None:
-        grid = self.grid
-        report = RankReport(grid.data_index, grid.stage, grid.tensor_index, replica.work(), replica.recorder.result())
-        outputs = []
-        gathered, hashes, reports = (self.comm.gather(part) for part in (replica.outputs, self.hashes, report))
+        grid, outputs = self.grid, []
+        own = RankReport(grid.data_index, grid.stage, grid.tensor_index, replica.work(), replica.recorder.result())
+        gathered, hashes, reports = (self.comm.gather(part) for part in (replica.outputs, self.hashes, own))
         if self.first:
             self.facts["seed"] = self.params.seed
             if self.hashes is not None:
