@@ -1,6 +1,6 @@
 # make demo          four MPI ranks answer a handful of prompts with a small model
 # make test          lint and all tests, under Open MPI and MPICH
-# make test-layouts  every grid, format, batch size and MPI against one rank: about half an hour on two cores
+# make test-layouts  every grid, format, batch size and MPI against one rank: more than half an hour on two cores
 # make test-memory   the memory of every rank on a random model of 4.4 GB
 # make lint          ruff only
 # make clean         remove what these made

@@ -17,7 +17,6 @@ class PutRegion(Region):
     """A region with a window: ``parts`` are this rank's own part and what the others put beside it, in the order of ranks."""
 
     window: MPI.Win
-    received: np.ndarray
 
 
 class OneSidedReducer(TensorReducer):
@@ -48,7 +47,7 @@ class OneSidedReducer(TensorReducer):
         received = received[: array.nbytes * self.size].view(array.dtype).reshape(self.size, *array.shape)
         own = np.zeros(array.shape, array.dtype)
         parts = [address(own if rank == self.comm.rank else received[rank]) for rank in range(self.size)]
-        return PutRegion(own, np.array(parts, np.int64), window, received)
+        return PutRegion(own, np.array(parts, np.int64), window)
 
     def bring_together(self, steps, region: PutRegion, kind: int, count: np.ndarray) -> None:
         place = self.comm.rank * region.own.nbytes

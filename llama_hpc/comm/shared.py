@@ -84,7 +84,7 @@ class SharedReducer(TensorReducer):
         steps.meet(self._meeting)
 
     def bring_together(self, steps, region: Region, kind: int, count: np.ndarray) -> None:
-        steps.meet(self._meeting)
+        self.meet(steps)
 
     def free(self) -> None:
         self._windows.free()

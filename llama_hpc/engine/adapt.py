@@ -5,6 +5,7 @@ changes an answer.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -20,13 +21,13 @@ _SHRINK, _GROW = 0.7, 1.25
 class Adapter:
     """Changes ``limits`` within those given: the prompt tokens of a step, and its budget with them.
 
-    ``targets``: of ``--slo``; a sequence gets a token from every step, or on a pipeline from each that comes around to it, which
-    must not take longer than the time per output token that is asked for.
+    ``targets``: of ``--slo``; ``depth``: steps under way. A sequence gets a token from one in so many steps, which together must
+    not take longer than the time per output token that is asked for.
     """
 
-    def __init__(self, limits: StepLimits, max_seqs: int, targets: list[Target], stages: int):
+    def __init__(self, limits: StepLimits, max_seqs: int, targets: Sequence[Target], depth: int):
         self._most = self.limits = limits
-        self._max_seqs, self._stages = max_seqs, stages
+        self._max_seqs, self._depth = max_seqs, depth
         self._tpot = min((target.limit for target in targets if target.metric == "tpot"), default=float("inf"))
         self._steps: deque[tuple[float, float]] = deque()
 
@@ -36,7 +37,7 @@ class Adapter:
         if len(self._steps) == WINDOW:
             period = median(seconds for seconds, _ in self._steps)
             bubble = sum(waited for _, waited in self._steps) / sum(seconds for seconds, _ in self._steps)
-            late, uneven = period * self._stages > self._tpot, self._stages > 1 and bubble > BUBBLE
+            late, uneven = period * self._depth > self._tpot, self._depth > 1 and bubble > BUBBLE
             self._scale(_SHRINK if late or uneven else _GROW)
             self._steps.clear()
         return self.limits

@@ -61,7 +61,7 @@ class Replica:
         self.outputs: list[Output] = []
         self._steps = self._tokens = 0
         # Only the leader's limits count; on the last stage, what it waits for is the stages before.
-        self.adapter = Adapter(plan.limits, plan.max_seqs, plan.targets, grid.shape.pipeline) if plan.adapt else None
+        self.adapter = Adapter(plan.limits, plan.max_seqs, plan.targets, plan.depth) if plan.adapt else None
         self.recorder = Recorder(origin, stage.reducer.nanoseconds)
 
     def _sequences(self, number: int) -> list[Sequence]:

@@ -66,6 +66,8 @@ def test_late_steps_take_fewer_prompt_tokens_and_quick_ones_more_again():
     assert observed(adapter, 0.06, 0.0) == StepLimits(708, 700)
     assert observed(adapter, 0.06, 0.0, 50) == StepLimits(LEAST + 8, LEAST)
     assert observed(adapter, 0.01, 0.0, 50) == most
+    # With three steps under way a sequence gets a token from every third.
+    assert observed(Adapter(most, 8, [Target("tpot", 50, 0.1)], 3), 0.04, 0.0).prefill < 1000
 
 
 def test_waiting_stages_get_smaller_micro_batches():
