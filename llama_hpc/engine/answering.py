@@ -63,20 +63,22 @@ def sizes_for(plan: BatchPlan, ready: list[ReadyRequest]) -> dict[str, int]:
             "max_outputs": plan.max_seqs, "pages": plan.pages}
 
 
-def answer(job: ModelJob, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], tokenizer
-           ) -> tuple[Replica, float, int]:
+def answer(job: ModelJob, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], tokenizer, keep=None,
+           done: frozenset[tuple[int, int]] = frozenset()) -> tuple[Replica, float, int]:
     """This rank's part of a replica, which has the answers (on its leader); seconds; tokens in all (first rank, elsewhere 0).
 
-    ``tokenizer``: that of the model on leaders, or None without one. Collective over the job.
+    ``tokenizer``: that of the model on leaders, or None without one; ``keep``, ``done``: see Replica. Collective over the job.
     """
     grid, eos = job.grid, eos_ids(job.checkpoint.config, tokenizer)
     def decode(ids) -> str:
         return tokenizer.decode(ids, continuation=True)
     # So many requests run at a time even if each wants the most samples.
     at_once = max(1, plan.max_seqs // max(r.params.n for r in ready))
+    order = in_order(ready, done)
     def run(counters, start: float, tick) -> Replica:
-        queue = RequestQueue(*in_order(ready), counters, grid.data_index, grid.shape.data, at_once)
-        replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, tick)
+        queue = RequestQueue(*order, counters, grid.data_index, grid.shape.data, at_once)
+        replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, tick, keep,
+                          done)
         replica.run()
         return replica
-    return job.work(len(ready), "prompts", "answering", run)
+    return job.work(len(order[0]), "prompts", "answering", run)

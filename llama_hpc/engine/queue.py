@@ -16,11 +16,21 @@ def by_cost(requests: list[ReadyRequest]) -> list[int]:
     return sorted(range(len(requests)), key=lambda number: -cost(number))
 
 
-def in_order(requests: list[ReadyRequest]) -> tuple[list[int], list[float] | None]:
-    """(numbers of the requests as they are to be taken, arrival times in that order): as they arrive, or else by their cost."""
-    if requests[0].arrival is None:
-        return by_cost(requests), None
-    return list(range(len(requests))), [request.arrival for request in requests]
+def in_order(requests: list[ReadyRequest], done: frozenset[tuple[int, int]] = frozenset()
+             ) -> tuple[list[int], list[float] | None]:
+    """(numbers of the requests as they are to be taken, arrival times in that order): as they arrive, or else by their cost.
+
+    Requests of which all samples are ``done`` (pairs of request and sample) are left out.
+    """
+    arriving = requests[0].arrival is not None
+    order = range(len(requests)) if arriving else by_cost(requests)
+    order = [number for number in order if missing(requests[number], number, done)]
+    return order, [requests[number].arrival for number in order] if arriving else None
+
+
+def missing(request: ReadyRequest, number: int, done: frozenset[tuple[int, int]]) -> list[int]:
+    """The samples of a request that are not done."""
+    return [sample for sample in range(request.params.n) if (number, sample) not in done]
 
 
 class RequestQueue:

@@ -15,7 +15,7 @@ from llama_hpc.engine.logits import LogitsGather
 from llama_hpc.engine.metrics import Recorder
 from llama_hpc.engine.pages import PagePool
 from llama_hpc.engine.pipeline import PipelineStage, PipelineState
-from llama_hpc.engine.queue import FINISHED, TOKENS, RequestQueue
+from llama_hpc.engine.queue import FINISHED, TOKENS, RequestQueue, missing
 from llama_hpc.engine.scheduler import Scheduler, Sequence, StepLimits
 from llama_hpc.grid import Grid
 from llama_hpc.model.faults import error_of
@@ -42,11 +42,13 @@ class Replica:
     """One rank's part in answering requests. ``run`` is collective over the replica; only the leader gets outputs.
 
     ``requests`` are all requests of the job, the same on every rank; ``queue`` tells the leader which ones are this replica's.
-    ``decode`` turns ids into text (leader only; None without a tokenizer). Times are seconds after ``origin``.
+    ``decode`` turns ids into text (leader only; None without a tokenizer). Times are seconds after ``origin``. ``keep`` takes
+    each finished answer on the leader (default: ``outputs`` does); pairs of request and sample that are ``done`` are left out.
     """
 
     def __init__(self, grid: Grid, stage: TransformerStage, requests: list[ReadyRequest], plan: BatchPlan, queue: RequestQueue,
-                 counters: SharedCounters, eos_ids: frozenset[int], decode, origin: float, tick=None):
+                 counters: SharedCounters, eos_ids: frozenset[int], decode, origin: float, tick=None,
+                 keep=None, done: frozenset[tuple[int, int]] = frozenset()):
         self.grid, self.stage, self.requests, self.queue, self.counters = grid, stage, requests, queue, counters
         self.eos_ids, self.decode, self.origin, self.tick = eos_ids, decode, origin, tick or (lambda: None)
         self.plan = plan
@@ -59,6 +61,7 @@ class Replica:
         self.answers: dict[tuple[int, int], Answer] = {}        # by request and sample
         self._samples_left: dict[int, int] = {}                 # of each request that is being answered
         self.outputs: list[Output] = []
+        self._keep, self._done, self.finished = keep or self.outputs.append, done, 0
         self._steps = self._tokens = 0
         # Only the leader's limits count; on the last stage, what it waits for is the stages before.
         self.adapter = Adapter(plan.limits, plan.max_seqs, plan.targets, plan.depth) if plan.adapt else None
@@ -66,7 +69,7 @@ class Replica:
 
     def _sequences(self, number: int) -> list[Sequence]:
         request = self.requests[number]
-        return [Sequence(number, sample, request.prompt, request.limit) for sample in range(request.params.n)]
+        return [Sequence(number, sample, request.prompt, request.limit) for sample in missing(request, number, self._done)]
 
     def run(self) -> list[Output]:
         """Answers requests until none is left. Raises NumericsError on every rank of the replica at the same step."""
@@ -176,7 +179,8 @@ class Replica:
         self.recorder.lap("idle")
 
     def _finish(self, sequence: Sequence, answer: Answer) -> None:
-        self.outputs.append(answer.output(self.origin, sequence.setbacks))
+        self._keep(answer.output(self.origin, sequence.setbacks))
+        self.finished += 1
         del self.answers[sequence.request, sequence.sample]
         self.counters.add(TOKENS, len(answer.tokens))
         self._samples_left[sequence.request] -= 1
@@ -189,8 +193,9 @@ class Replica:
         admitted = []
         while len(self.answers) < self.plan.max_seqs and (number := self.queue.take(time.monotonic() - self.origin)) is not None:
             request = self.requests[number]
-            self._samples_left[number] = request.params.n
-            for sample in range(request.params.n):
+            samples = missing(request, number, self._done)
+            self._samples_left[number] = len(samples)
+            for sample in samples:
                 self.answers[number, sample] = Answer(request, sample, self.eos_ids, self.decode, time.monotonic())
             admitted.append(number)
         return admitted

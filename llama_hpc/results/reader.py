@@ -109,6 +109,7 @@ class Results:
         texts = self._strings("outputs/text", rows)
         reasons = self._strings("outputs/finish_reason", rows)
         setbacks = self._numbers("outputs/setbacks", rows).tolist() if "outputs/setbacks" in self.file else [0] * (stop - start)
+        attempts = self._numbers("outputs/attempt", rows).tolist() if "outputs/attempt" in self.file else [0] * (stop - start)
         top_first, top_last = self.top_offsets[start], self.top_offsets[stop]
         top_tokens, top_logprobs = np.zeros(0, np.int32), np.zeros(0, np.float32)
         if top_last > top_first:
@@ -124,7 +125,7 @@ class Results:
             top = slice(self.top_offsets[start + i] - top_first, self.top_offsets[start + i + 1] - top_first)
             shape = count, (top.stop - top.start) // max(1, count)
             batch.append(Output(request, samples[i], tokens[piece], logprobs[piece], texts[i], reasons[i], times,
-                                setbacks[i], top_tokens[top].reshape(shape), top_logprobs[top].reshape(shape)))
+                                setbacks[i], top_tokens[top].reshape(shape), top_logprobs[top].reshape(shape), attempts[i]))
         return batch
 
     def _numbers(self, name: str, rows: slice = slice(None)) -> np.ndarray:

@@ -13,6 +13,8 @@ Root attributes: ``format``, ``version``, ``status`` (``complete`` or ``incomple
 ``outputs/text``             string [n]
 ``outputs/finish_reason``    string [n]
 ``outputs/setbacks``         int32 [n]: how often the answer had to give its place in the KV cache to others
+``outputs/attempt``          int32 [n]: which of the runs of a job that was resumed found it, from 0; ``timing`` counts from that
+                             run's start
 ``outputs/offsets``          int64 [n+1]: output i holds tokens ``offsets[i]:offsets[i+1]``
 ``outputs/tokens``           int32, flat: generated tokens, with the end token or stop string's tokens if produced
 ``outputs/logprobs``         float32, flat: natural logarithm, of the raw logits, of the token chosen; never -0
@@ -47,7 +49,8 @@ class Output:
     """One answer: sample number ``sample`` to the prompt in row ``request``.
 
     ``tokens`` int32 [n] and ``logprobs`` float32 [n] belong together; n may be 0. ``timing`` maps names to seconds.
-    ``top_tokens`` int32 [n, k] and ``top_logprobs`` float32 [n, k] are the k likeliest tokens at each token.
+    ``top_tokens`` int32 [n, k] and ``top_logprobs`` float32 [n, k] are the k likeliest tokens at each token. ``attempt``: number
+    of the run that found it, where a job was resumed.
     """
 
     request: int
@@ -60,6 +63,7 @@ class Output:
     setbacks: int = 0
     top_tokens: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     top_logprobs: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    attempt: int = 0
 
 
 def storable(text: str) -> str:

@@ -81,6 +81,7 @@ def _write_outputs(group: Any, ordered: Sequence[Output]) -> None:
     numbers(group, "request", np.array([output.request for output in ordered], dtype="<i8"))
     numbers(group, "sample", np.array([output.sample for output in ordered], dtype="<i4"))
     numbers(group, "setbacks", np.array([output.setbacks for output in ordered], dtype="<i4"))
+    numbers(group, "attempt", np.array([output.attempt for output in ordered], dtype="<i4"))
     strings(group, "text", [output.text for output in ordered])
     strings(group, "finish_reason", [output.finish_reason for output in ordered])
     ragged(group, "tokens", [canonical_tokens(output.tokens) for output in ordered], "<i4")

@@ -35,13 +35,14 @@ def signalling(process, number):
     return fail
 
 
+# The first file that is renamed says which job it is, the second one is the output.
 # The second KV cache and the fourth step are the model's own: compiling the kernels takes one of each.
 STEP = (TransformerStage, "forward", 4)
 FAULTS = {
     "cannot read": (Checkpoint, "read", 20, raising(OSError(errno.EIO, "Input/output error", "model.safetensors"))),
     "memory": (KVCache, "__init__", 2, raising(MemoryError())),
     "bug": (*STEP, raising(ValueError("an odd value"))),
-    "disk full": (os, "fsync", 1, raising(OSError(errno.ENOSPC, "No space left on device"))),
+    "disk full": (os, "replace", 2, raising(OSError(errno.ENOSPC, "No space left on device"))),
     "killed": (*STEP, signalling(os.getpid, signal.SIGKILL)),
     "interrupted": (*STEP, signalling(os.getpid, signal.SIGINT)),
     "interrupted mpirun": (*STEP, signalling(os.getppid, signal.SIGINT)),

@@ -1,0 +1,154 @@
+"""What makes a run survive its own end: finished answers are kept at once, and the next run goes on behind them."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llama_hpc.engine.answers import ReadyRequest
+from llama_hpc.engine.model_job import ModelJob
+from llama_hpc.errors import ResultsError, UsageError
+from llama_hpc.results import check_output_path, read_results
+from llama_hpc.results.part_writer import PartWriter
+from llama_hpc.results.parts import Found, ProgressFolder, check_same_job, try_lock
+from llama_hpc.results.records import framed, output_record
+from llama_hpc.results.schema import Output
+from llama_hpc.runtime.abort import agreed, on_first
+from llama_hpc.runtime.topology import hostname
+
+_LOG = logging.getLogger(__name__)
+_PATIENCE = 10.0                # seconds in which the ranks of a killed job let go of its lock
+Done = frozenset[tuple[int, int]]       # requests and samples with an answer
+
+
+def identity_of(ready: Sequence[ReadyRequest], weights: str, kv_cache: str) -> dict[str, Any]:
+    """What decides the answers of a job, apart from the model's content: runs that differ in it cannot share progress."""
+    prompts, sampling = hashlib.sha256(), hashlib.sha256()
+    for request in ready:
+        prompts.update(json.dumps([request.id, len(request.prompt)]).encode() + request.prompt.astype("<i4").tobytes())
+        sampling.update(json.dumps([asdict(request.params), request.limit], sort_keys=True).encode())
+    return {"weights": weights, "KV cache": kv_cache, "prompts": f"{len(ready)} with hash {prompts.hexdigest()[:16]}",
+            "sampling settings": f"of hash {sampling.hexdigest()[:16]}"}
+
+
+class Durable:
+    """The progress of a run into ``output``. Methods are called in the order in which they stand here.
+
+    ``resume``: goes on behind what earlier runs have finished. ``interval``: seconds of work that a node's death may cost.
+    ``rescue``: a folder for what the output's file system does not take.
+    """
+
+    def __init__(self, output: str, resume: bool, overwrite: bool, interval: float, rescue: str | None):
+        if resume and overwrite:
+            raise UsageError("--resume goes on with a job, --overwrite begins it anew: give one of them")
+        self.output, self.resume, self.overwrite = output, resume, overwrite
+        self.interval, self.rescue = interval, Path(rescue) if rescue else None
+        self.folder, self.found = ProgressFolder(output), Found()
+        self.identity: dict[str, Any] = {}
+        self.writer: PartWriter | None = None
+        self.complete = False
+
+    def examine(self, identity: dict[str, Any]) -> Done:
+        """First rank, before weights are read: locks the output, and returns what has an answer already.
+
+        Sets ``complete`` where an earlier run has finished all. Raises UsageError, ResultsError.
+        """
+        self.identity = identity
+        exists = os.path.isfile(self.output)
+        check_output_path(self.output, self.overwrite or self.resume)
+        if self.rescue and not self.rescue.is_dir():
+            raise UsageError(f"--rescue {self.rescue} is not a folder: create it or give another")
+        holder = {"process": os.getpid(), "host": hostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        job = os.environ.get("SLURM_JOB_ID")
+        self.folder.lock(holder | ({"SLURM job": job} if job else {}), _PATIENCE if self.resume else 0)
+        if not self.resume:
+            if self.folder.parts and not self.overwrite:
+                raise UsageError(f"an earlier run into {self.output} was not finished: --resume goes on with it, --overwrite "
+                                 "begins anew")
+            self.folder.wait_for_writers()
+            self.folder.clear()
+        elif exists and self._is_complete():
+            self.complete = True
+            self.folder.remove()
+        else:
+            self._take_over()
+        return frozenset((output.request, output.sample) for output in self.found.outputs)
+
+    def _is_complete(self) -> bool:
+        with read_results(self.output) as results:
+            before = results.provenance.get("identity")
+            if before is None:
+                raise UsageError(f"cannot resume {self.output}: it does not say which job it is of: give another output, or "
+                                 "--overwrite in place of --resume")
+            check_same_job(Path(self.output), before, self.identity)
+            if results.status == "complete":
+                _LOG.info("%s is complete already: %d answers, digest %s", self.output, results.num_outputs, results.digest)
+            return results.status == "complete"
+
+    def _take_over(self) -> None:
+        before = self.folder.identity()
+        if before is None and self.folder.parts:
+            raise ResultsError(f"{self.folder.path} has answers, but no job.json that says of which job: --overwrite in place of "
+                               "--resume begins anew")
+        check_same_job(self.folder.output, before or {}, self.identity)
+        self.folder.wait_for_writers()
+        self.found = self.folder.read(self.rescue)
+        if self.found.runs:
+            torn = f", {self.found.torn} bytes of half written ones cut off" if self.found.torn else ""
+            _LOG.info("resuming: %d answers of %d earlier run%s%s", len(self.found.outputs), len(self.found.runs),
+                      "s" * (len(self.found.runs) > 1), torn)
+
+    def begin(self, job: ModelJob) -> None:
+        """With the model loaded: makes each leader's part. Collective over the job. Raises UsageError, ResultsError."""
+        grid = job.grid
+        run, folder = on_first(job.comm, self._identify, job.content_hash)
+        with agreed(job.comm, "keeping the progress"):
+            if grid.is_leader:
+                if not folder.is_dir():
+                    raise ResultsError(f"{folder}, made by the first rank, is not there on {hostname()}: the output must be on a "
+                                       "file system that all nodes share")
+                header = {"replica": grid.data_index, "host": hostname(), "pid": os.getpid(), "grid": str(grid.shape),
+                          "ranks": job.comm.size, "threads": job.threads,
+                          "start_time": datetime.now(UTC).isoformat(timespec="seconds")}
+                self.writer = PartWriter(self.folder.part(run, grid.data_index), framed(header), self.interval,
+                                         rescue=self.rescue, lock=try_lock)
+
+    def _identify(self, content_hash: str) -> tuple[int, Path]:
+        before, now = self.folder.identity(), self.identity | {"model content": content_hash}
+        if before is None:
+            self.folder.identify(now)
+        else:
+            check_same_job(self.folder.output, before, now)
+        self.identity = now
+        return self.folder.next_run, self.folder.path
+
+    def keep(self, output: Output) -> None:
+        """Leader: a finished answer. Raises ResultsError once the file system has failed for good."""
+        self.writer.append(output_record(output))
+
+    def collect(self, job: ModelJob) -> Found:
+        """All answers of all runs, on the first rank (elsewhere nothing). Collective over the job."""
+        with agreed(job.comm, "keeping the answers"):
+            if self.writer:
+                self.writer.close()
+        return on_first_only(job, lambda: self.folder.read(self.rescue), Found())
+
+    def end(self) -> None:
+        """First rank: the output is complete."""
+        self.folder.remove()
+
+    def abandon(self) -> None:
+        """First rank: the run has failed. What is finished stays for the next one."""
+        if not self.folder.parts:
+            self.folder.remove()
+
+
+def on_first_only(job: ModelJob, function, elsewhere):
+    """``function()`` on the first rank, ``elsewhere`` on others; fails on all or none. Collective over the job."""
+    with agreed(job.comm, "reading the progress"):
+        return function() if job.first else elsewhere

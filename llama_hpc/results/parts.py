@@ -1,0 +1,211 @@
+"""Progress of a job, beside its output: the folder ``OUTPUT.progress`` with a file of finished answers for each replica and run.
+
+``job.json`` says which job it is; ``part-A-R.log`` is what replica R of run A has finished (``records``), from run 0 on; its
+first record tells of the run. Who writes holds a lock by flock(2), which ends with the process: on ``lock`` the job as a
+whole, on each part its replica. The folder is removed when the output is complete.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_hpc.errors import ResultsError, UsageError
+from llama_hpc.results.records import output_of, read_records
+from llama_hpc.results.schema import Output, canonical_logprobs, canonical_tokens
+
+_LOG = logging.getLogger(__name__)
+FORMAT, VERSION = "llama_hpc progress", 1
+_PART = re.compile(r"part-(\d+)-(\d+)\.log")
+_ORPHANS = 60.0                 # seconds to wait for ranks of a killed run that still write
+_LOOK = 0.2                     # seconds between looks at a lock
+
+
+@dataclass
+class Found:
+    """What earlier runs have finished: answers, facts about each run, and bytes of records that were cut off."""
+
+    outputs: list[Output] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    torn: int = 0
+
+
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Locks an open file unless another process has it. A file system without locks leaves it unlocked, as if it were free."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        _LOG.warning("this file system has no locks (%s): do not start two jobs with one output", error.strerror)
+    return True
+
+
+class ProgressFolder:
+    """The progress of the job that writes ``output``. Not collective: the first rank locks and reads, leaders write parts."""
+
+    def __init__(self, output: str | Path):
+        self.output = Path(os.path.realpath(output))
+        self.path = self.output.with_name(self.output.name + ".progress")
+        self._lock: int | None = None
+
+    @property
+    def parts(self) -> list[Path]:
+        """Files of finished answers, by run and replica."""
+        found = [path for path in self.path.iterdir() if _PART.fullmatch(path.name)] if self.path.is_dir() else []
+        return sorted(found, key=lambda path: [int(number) for number in _PART.fullmatch(path.name).groups()])
+
+    @property
+    def next_run(self) -> int:
+        """The number of a run that begins now."""
+        return 1 + max((int(_PART.fullmatch(path.name)[1]) for path in self.parts), default=-1)
+
+    def part(self, run: int, replica: int) -> Path:
+        """The file of one replica of a run."""
+        return self.path / f"part-{run}-{replica}.log"
+
+    def lock(self, holder: dict[str, Any], patience: float) -> None:
+        """Makes the folder, and holds the job's lock until ``release``; ``holder`` is what others are told.
+
+        Raises ResultsError where another job still has it after ``patience`` seconds.
+        """
+        try:
+            self.path.mkdir(exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            end = time.monotonic() + patience
+            while not try_lock(self._lock):
+                if time.monotonic() > end:
+                    raise ResultsError(f"{self.output} is being written by {_holder(self._lock)}: wait for its end, or give "
+                                       "another output")
+                time.sleep(_LOOK)
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, json.dumps(holder).encode(), 0)
+        except OSError as error:
+            raise ResultsError(f"cannot keep progress in {self.path}: {error.strerror}") from None
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def identity(self) -> dict[str, Any] | None:
+        """Which job this is the progress of; None where there is none. Raises ResultsError for what cannot be read."""
+        path = self.path / "job.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            version, identity = found["version"], found["identity"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ResultsError(f"cannot read {path}: {error}") from None
+        if version > VERSION:
+            raise ResultsError(f"{path} is of version {version}, this program knows version {VERSION}: use a newer one")
+        return identity
+
+    def identify(self, identity: dict[str, Any]) -> None:
+        """Notes which job this is, whole or not at all."""
+        temporary = self.path / "job.json.tmp"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump({"format": FORMAT, "version": VERSION, "identity": identity}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / "job.json")
+        except OSError as error:
+            raise ResultsError(f"cannot keep progress in {self.path}: {error.strerror}") from None
+
+    def wait_for_writers(self, patience: float = _ORPHANS) -> None:
+        """Waits for ranks of a killed run that still write. Raises ResultsError where one does for too long."""
+        end, told = time.monotonic() + patience, False
+        for path in self.parts:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while not try_lock(descriptor, fcntl.LOCK_SH):
+                    if time.monotonic() > end:
+                        raise ResultsError(f"a rank of an earlier run still writes {path} after {patience:.0f} s "
+                                           f"({_writer(path)}): end that process")
+                    if not told:
+                        _LOG.info("waiting for a rank of an earlier run that still writes %s (%s)", path, _writer(path))
+                        told = True
+                    time.sleep(_LOOK)
+            finally:
+                os.close(descriptor)
+
+    def read(self, rescue: Path | None = None) -> Found:
+        """Everything that is finished, each answer once. ``rescue``: another folder with parts.
+
+        Raises ResultsError for damaged files, and for answers that differ, which the same job cannot give.
+        """
+        found, seen, runs = Found(), {}, Counter()
+        places = [*self.parts, *((rescue / path.name for path in self.parts if (rescue / path.name).exists()) if rescue else ())]
+        for path in places:
+            run = int(_PART.fullmatch(path.name)[1])
+            records = read_records(path)
+            found.torn += records.torn
+            if not records.payloads:
+                continue
+            if not runs[run]:
+                found.runs.append({"run": run, **records.payloads[0][0]})
+            for payload in records.payloads[1:]:
+                output = output_of(payload, run)
+                known = seen.setdefault((output.request, output.sample), output)
+                if known is not output and _bits(known) != _bits(output):
+                    raise ResultsError(f"{self.path} has two different answers to request {output.request} (sample "
+                                       f"{output.sample}), of runs {known.attempt} and {run}: move it away and begin anew")
+            runs[run] += len(records.payloads)
+        answers = Counter(output.attempt for output in seen.values())
+        for run in found.runs:
+            run["answers"] = answers[run["run"]]
+        found.outputs = list(seen.values())
+        return found
+
+    def remove(self) -> None:
+        """All of it: the output is complete."""
+        self.release()
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self.path)
+
+    def clear(self) -> None:
+        """Forgets what earlier runs have done; the lock stays."""
+        for path in [*self.parts, self.path / "job.json"]:
+            path.unlink(missing_ok=True)
+
+
+def check_same_job(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UsageError where what is there of ``output`` is of another job, and says what differs; facts that only one of both
+    has are not compared."""
+    different = [f"{name} was {before[name]}, now {value}" for name, value in now.items() if before.get(name, value) != value]
+    if different:
+        raise UsageError(f"cannot resume {output}: {'; '.join(different)}: give what the job began with, or --overwrite in place "
+                         "of --resume to begin anew")
+
+
+def _bits(output: Output) -> tuple[bytes, bytes]:
+    return canonical_tokens(output.tokens).tobytes(), canonical_logprobs(output.logprobs).tobytes()
+
+
+def _holder(descriptor: int) -> str:
+    """Who has the lock, as far as it says so."""
+    with contextlib.suppress(OSError, ValueError):
+        holder = json.loads(os.pread(descriptor, 1 << 16, 0))
+        return ", ".join(f"{name} {value}" for name, value in holder.items())
+    return "another job"
+
+
+def _writer(path: Path) -> str:
+    """The process that a part's first record names."""
+    with contextlib.suppress(ResultsError):
+        records = read_records(path)
+        if records.payloads:
+            facts = records.payloads[0][0]
+            return f"process {facts.get('pid')} on {facts.get('host')}"
+    return "unknown process"

@@ -1,0 +1,153 @@
+"""llama-hpc run --resume: a job killed at any moment goes on, on another grid, and every prompt has one answer, ever the same."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mpi_jobs
+import psutil
+import pytest
+from reference_models import prompt, write_checkpoint
+
+from llama_hpc.results import read_results
+from llama_hpc.results.parts import ProgressFolder
+from llama_hpc.results.records import read_records
+
+CASE = "llama_odd"
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_checkpoint(CASE, tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    ids = [int(i) for i in prompt(CASE)]
+    entries = [{"token_ids": ids[i % 7 : i % 7 + 3 + i % 5], "max_tokens": 20 + 30 * (i % 4), "n": 1 + (i % 6 == 0),
+                "temperature": 0.8, "seed": i} for i in range(COUNT)]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(mpirun, model, prompts, tmp_path_factory):
+    """The digest of a job that nobody disturbs."""
+    output = tmp_path_factory.mktemp("whole") / "out.h5"
+    job = mpirun(1, arguments(model, prompts, output))
+    assert job.returncode == 0, job.stderr
+    assert [path.name for path in output.parent.iterdir()] == ["out.h5"]
+    with read_results(output) as results:
+        assert results.num_outputs == COUNT + 4
+        return results.digest
+
+
+def arguments(model, prompts, output, *options):
+    return ["-m", "llama_hpc", "run", model, "--prompts", prompts, "--output", output, "--ignore-eos", "--max-seqs", 3, *options]
+
+
+def answers_in(folder):
+    """Whole records of answers that lie in the parts now."""
+    return sum(max(0, len(read_records(path).payloads) - 1) for path in folder.parts)
+
+
+def killed(ranks, argv, folder, answers):
+    """Starts a job, and kills all of it with SIGKILL when so many answers are kept."""
+    command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), sys.executable, *map(str, argv)]
+    with subprocess.Popen(command, env=mpi_jobs.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL, start_new_session=True) as job:
+        end = time.monotonic() + 60
+        while answers_in(folder) < answers and job.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        everything = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+        for process in everything:
+            process.kill()
+        psutil.wait_procs(everything, 10)
+
+
+def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(mpirun, model, prompts, undisturbed, tmp_path):
+    output, folder = tmp_path / "out.h5", ProgressFolder(tmp_path / "out.h5")
+    kept = 0
+    for ranks, grid, answers in ((2, "2x1x1", 2), (3, "1x3x1", 5), (2, "1x1x2", 11)):
+        killed(ranks, arguments(model, prompts, output, "--grid", grid, "--resume"), folder, answers)
+        assert not output.exists() and answers_in(folder) >= max(kept, answers)
+        kept = answers_in(folder)
+    # What a rank had half written.
+    with open(folder.parts[-1], "ab") as part:
+        part.write(b"\x99\0\0\0half")
+    job = mpirun(2, arguments(model, prompts, output, "--grid", "1x2x1", "--resume"))
+    assert job.returncode == 0, job.stderr
+    assert f"resuming: {kept} answers of 3 earlier runs, 8 bytes of half written ones cut off" in job.stderr
+    with read_results(output) as results:
+        assert results.digest == undisturbed == results.verify()
+        found = [output.attempt for output in results.outputs()]
+        assert len(found) == COUNT + 4 and found.count(3) == COUNT + 4 - kept, "finished answers are not computed again"
+        runs = results.provenance["runs"]
+        assert [run["grid"] for run in runs] == ["2x1x1", "1x3x1", "1x1x2", "1x2x1"] and results.provenance["torn_bytes"] == 8
+        assert sum(run["answers"] for run in runs) == COUNT + 4
+    assert not folder.path.exists()
+
+
+def test_a_complete_output_is_left_as_it_is(mpirun, model, prompts, undisturbed, tmp_path):
+    output = tmp_path / "out.h5"
+    assert mpirun(1, arguments(model, prompts, output, "--resume")).returncode == 0
+    before = output.stat()
+    job = mpirun(2, arguments(model, prompts, output, "--resume"))
+    assert job.returncode == 0, job.stderr
+    assert f"{output} is complete already: {COUNT + 4} answers, digest {undisturbed}" in job.stderr
+    assert output.stat().st_mtime_ns == before.st_mtime_ns and output.stat().st_ino == before.st_ino
+    # Another job must not take it for its own.
+    job = mpirun(2, arguments(model, prompts, output, "--resume", "--max-tokens", 3, "--weights", "q4"))
+    assert job.returncode == 2 and "cannot resume" in job.stderr and "weights was q8, now q4" in job.stderr
+
+
+@pytest.fixture
+def unfinished(model, prompts, tmp_path):
+    """The output of a job that was killed early."""
+    output = tmp_path / "out.h5"
+    killed(1, arguments(model, prompts, output), ProgressFolder(output), 1)
+    assert not output.exists()
+    return output
+
+
+def test_what_would_lose_finished_work_is_refused(mpirun, model, prompts, unfinished, tmp_path):
+    """One line each, and everything is still there afterwards."""
+    folder = ProgressFolder(unfinished)
+    before = {path: path.read_bytes() for path in folder.parts}
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(prompts.read_text().splitlines(keepends=True)[:5]))
+    for given, options, ranks, expected in (
+            (prompts, (), 1, "an earlier run into .* was not finished: --resume goes on with it, --overwrite begins"),
+            (prompts, ("--resume", "--overwrite"), 1, "--resume goes on with a job, --overwrite begins it anew: give one"),
+            (fewer, ("--resume",), 3, f"prompts was {COUNT} with hash [0-9a-f]+, now 5 with hash [0-9a-f]+; sampling"),
+            (prompts, ("--resume", "--top-k", 5), 1, "sampling settings was of hash [0-9a-f]+, now"),
+            (prompts, ("--resume", "--kv-cache", "q8"), 1, "KV cache was f16, now q8")):
+        job = mpirun(ranks, arguments(model, given, unfinished, *options))
+        lines = [line for line in job.stderr.splitlines() if line.startswith("llama-hpc: error")]
+        assert job.returncode == 2 and len(lines) == 1, job.stderr
+        assert re.search(expected, lines[0]), lines[0]
+    assert {path: path.read_bytes() for path in folder.parts} == before
+
+
+def test_another_model_under_the_same_name_is_noticed(mpirun, model, prompts, unfinished, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    weights = next(other.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    job = mpirun(2, arguments(other, prompts, unfinished, "--resume"))
+    assert job.returncode == 2 and "model content was" in job.stderr, job.stderr
+
+
+def test_overwrite_begins_anew(mpirun, model, prompts, undisturbed, unfinished):
+    job = mpirun(1, arguments(model, prompts, unfinished, "--overwrite"))
+    assert job.returncode == 0, job.stderr
+    with read_results(unfinished) as results:
+        assert results.digest == undisturbed and {output.attempt for output in results.outputs()} == {0}
