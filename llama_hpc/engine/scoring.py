@@ -43,8 +43,9 @@ def score(job: ModelJob, stage: TransformerStage, plan: ScorePlan, documents: li
     dealt = max(1, plan.depth * plan.budget // windows[order[0]].rows)
     def run(counters, start: float, tick):
         queue = RequestQueue(order, None, counters, job.grid.data_index, job.grid.shape.data, dealt)
-        scorer = Scorer(job.grid, stage, documents, windows, plan, queue, counters, tick)
-        return scorer.run(), scorer.work()
+        scorer = Scorer(job.grid, stage, documents, windows, plan, queue, counters, start, tick)
+        scorer.run()
+        return scorer.logprobs, scorer.work()
     return job.work(len(windows), "windows", "scoring", run)
 
 
