@@ -15,6 +15,7 @@ from llama_hpc.bench.report import Report, print_row
 from llama_hpc.bench.shapes import shape_config
 from llama_hpc.errors import UsageError
 from llama_hpc.kernels.cpu.calls import shared_pool
+from llama_hpc.model.kv_cache import cache_format
 from llama_hpc.model.sizes import whole
 from llama_hpc.model.transformer import StageWeights
 from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint, weights_format
@@ -95,7 +96,7 @@ def measure_models(args: argparse.Namespace, report: Report) -> None:
             start = time.perf_counter()
             stage = source.load(weights, max(args.threads))
             print(f"\n{source.name}, {source.config.num_layers} layers, {weights}: {stage.nbytes / 1e6:.0f} MB of weights, ready "
-                  f"after {time.perf_counter() - start:.1f} s\n")
+                  f"after {time.perf_counter() - start:.1f} s; KV cache in {cache_format(args.kv_cache, weights)}\n")
             _measure_model(args, report, source, weights, stage, timed, rivals)
 
 
@@ -104,7 +105,8 @@ def _measure_model(args: argparse.Namespace, report: Report, source: _Source, we
     ratios = []
     print_row(model_bench.TITLES)
     for threads in args.threads:
-        bench = model_bench.ModelBenchmark(source.name, weights, source.config, stage, shared_pool(threads), timed)
+        bench = model_bench.ModelBenchmark(source.name, weights, source.config, stage, shared_pool(threads), timed,
+                                           cache_format(args.kv_cache, weights))
         for case in timed:
             speed, found = bench.measure(case, args.rounds, rivals)
             report.add("models", speed)

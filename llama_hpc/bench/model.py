@@ -70,6 +70,7 @@ class Speed:
 
     model: str
     weights: str
+    kv_cache: str
     case: str
     threads: int
     seconds: float
@@ -96,6 +97,7 @@ class Ratio:
 
     model: str
     weights: str
+    kv_cache: str
     case: str
     threads: int
     peer_format: str
@@ -117,13 +119,16 @@ PEER_TITLES = ("case", "weights", "threads", "tokens/s", "llama.cpp", "its token
 
 
 class ModelBenchmark:
-    """A model's weights on one pool, with room for some cases."""
+    """A model's weights on one pool, with room for some cases. ``kv_cache``: the cache's format, None for that of the weights."""
 
-    def __init__(self, name: str, weights_format: str, config: ModelConfig, weights: StageWeights, pool: Pool, timed: list[Case]):
+    def __init__(self, name: str, weights_format: str, config: ModelConfig, weights: StageWeights, pool: Pool, timed: list[Case],
+                 kv_cache: str | None = None):
         self.name, self.format, self.config, self.weights, self.pool = name, weights_format, config, weights, pool
+        self.kv_cache = kv_cache or weights.kv_cache
         sequences, length = max(case.batch for case in timed), max(case.length for case in timed)
         self.stage = TransformerStage(config, *whole(config), weights, TensorReducer(MPI.COMM_SELF), pool, sequences=sequences,
-                                      max_seq_len=length, max_rows=max(CHUNK, sequences), max_outputs=sequences)
+                                      max_seq_len=length, max_rows=max(CHUNK, sequences), max_outputs=sequences,
+                                      kv_cache=self.kv_cache)
         self.probes = Probes(pool, weights.quantized)
         self._rng = np.random.default_rng(0)
 
@@ -139,7 +144,7 @@ class ModelBenchmark:
                               operations / seconds, operations / seconds / peak))
                 if rival:
                     pairs[rival.format].append((found[-1][1], case.peer_rate(rival, self.pool.threads)))
-        who = self.name, self.format, str(case), self.pool.threads
+        who = self.name, self.format, self.kv_cache, str(case), self.pool.threads
         speed = Speed(*who, *map(statistics.median, zip(*found, strict=True)), self.weights.nbytes, self._cache_bytes(case))
         return speed, [self._ratio(who, rival, pairs[rival.format]) for rival in rivals]
 

@@ -4,7 +4,7 @@ import argparse
 
 from llama_hpc.bench.shapes import SHAPES
 from llama_hpc.cli import bench_ranks
-from llama_hpc.cli.options import FORMATS, add_report, matrix_shape, whole
+from llama_hpc.cli.options import FORMATS, add_kv_cache, add_report, matrix_shape, whole
 
 SCHEDULES = ("static", "dynamic", "guided", "nested", "tiled", "steal")
 CASES = ("decode", "prefill", "batch")
@@ -50,6 +50,7 @@ def _add_model(kinds) -> None:
     model.add_argument("--shape", choices=SHAPES, metavar="NAME", help=f"random weights in the shape of {', '.join(SHAPES)}")
     model.add_argument("--layers", type=whole(1), metavar="N", help="of --shape, its first N layers only")
     model.add_argument("--weights", nargs="+", choices=FORMATS, help="formats (default: q3_5, or that of a quantised model)")
+    add_kv_cache(model)
     model.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to time (default: all)")
     model.add_argument("--tokens", type=whole(1, 65536), default=64, metavar="N", help="of decode (default: 64)")
     model.add_argument("--prompt", type=whole(1, 65536), default=512, metavar="N", help="tokens of prefill (default: 512)")

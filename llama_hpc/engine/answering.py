@@ -46,9 +46,9 @@ def plan_batches(job: ModelJob, ready: list[ReadyRequest], batching: Batching, t
     config, shape = job.checkpoint.config, job.grid.shape
     most = max(r.params.n for r in ready)       # of which one replica answers all
     at_once = min(batching.max_seqs, max(most, -(-sum(r.params.n for r in ready) // shape.data)))
-    pages = job.pages(batching.kv_memory)
+    pages, in_q8 = job.pages(batching.kv_memory)
     with agreed(job.comm, "planning the KV cache"):
-        check_pages(pages, ready, batching.kv_memory is not None)
+        check_pages(pages, in_q8, ready, batching.kv_memory is not None)
     budget = min(batching.token_budget, at_once * longest(ready))
     pipeline = PipelineConfig.for_model(config.num_layers, config.hidden_size, stages=shape.pipeline)
     depth = batching.micro_batches or pipeline.micro_batches

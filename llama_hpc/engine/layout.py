@@ -69,9 +69,10 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
                 return shape
             needs.append((need, shape))
     least, shape = min(needs, key=lambda tried: tried[0])
+    cache = "" if kv_cache == "q8" else "--kv-cache q8, "
     raise UsageError(
         f"the model and its cache need {least / 2**30:.1f} GiB on a rank even on grid {shape}, but a rank may use "
-        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, --kv-cache q8, or a smaller --weights format, --max-seqs or "
+        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, {cache}or a smaller --weights format, --max-seqs or "
         f"--max-seq-len (score: --token-budget or --window)")
 
 
@@ -84,11 +85,13 @@ def cache_pages(config: ModelConfig, weights_format: str, stage: StageShare, sha
     return max(0, room) // (PAGE * cache_bytes(config, weights_format, stage, share, kv_cache))
 
 
-def check_pages(pages: int, ready: list[ReadyRequest], chosen: bool) -> None:
-    """Raises UsageError for a cache of ``pages`` that cannot hold one of the requests alone. ``chosen``: by --kv-memory."""
+def check_pages(pages: int, pages_in_q8: int, ready: list[ReadyRequest], chosen: bool) -> None:
+    """Raises UsageError for a cache of ``pages`` that cannot hold one of the requests alone. ``pages_in_q8``: how many the same
+    memory holds with --kv-cache q8; ``chosen``: by --kv-memory."""
     longest = max(ready, key=lambda request: len(request.prompt) + request.limit)
     need = len(longest.prompt) + longest.limit
     if pages < pages_of(need):
-        what = "raise --kv-memory" if chosen else "use more ranks in a replica, or a smaller --weights format"
+        what = "raise --kv-memory" if chosen else "use more ranks in a replica or a smaller --weights format"
+        what += ", give --kv-cache q8" if pages_in_q8 >= pages_of(need) else ""
         raise UsageError(f"the KV cache holds {pages * PAGE} tokens, but request {shown(longest.id)} needs {need} (a prompt of "
                          f"{len(longest.prompt)} and up to {longest.limit} more): {what}, or lower --max-tokens or --max-seq-len")

@@ -102,10 +102,12 @@ class ModelJob:
         self.share = TensorShare.of(config, shape.tensor, self.grid.tensor_index)
         return self.grid
 
-    def pages(self, kv_memory: int | None = None) -> int:
-        """Pages of the KV cache that the rank of least room can hold; with ``kv_memory`` bytes of each rank, if given."""
-        own = cache_pages(self.checkpoint.config, self.weights, self.part, self.share, self.memory, kv_memory, self.kv_cache)
-        return self.comm.allreduce(own, MPI.MIN)
+    def pages(self, kv_memory: int | None = None) -> tuple[int, int]:
+        """Pages of the KV cache that the rank of least room can hold, and how many with --kv-cache q8; with ``kv_memory`` bytes
+        of each rank, if given."""
+        whose = self.checkpoint.config, self.weights, self.part, self.share, self.memory, kv_memory
+        own, in_q8 = (self.comm.allreduce(cache_pages(*whose, kind), MPI.MIN) for kind in (self.kv_cache, "q8"))
+        return own, in_q8
 
     def announce(self, plan: str) -> None:
         """Tells what the job is about to do, and how; ``plan`` ends the line about the grid."""

@@ -33,6 +33,11 @@ class Packer:
         self._tokens, self._place, self._positions = (np.zeros(budget, np.int32) for _ in range(3))
         self._outputs, self._targets = np.zeros(budget, np.int64), np.zeros(budget, np.int64)
 
+    @property
+    def waiting(self) -> int:
+        """Windows that have not run to their end."""
+        return len(self._waiting)
+
     def admit(self, number: int) -> None:
         """A window, by its number, takes its turn behind the others."""
         self._waiting.append(number)

@@ -20,11 +20,12 @@ def plan_scoring(job: ModelJob, windows: list[Window], budget: int) -> ScorePlan
     Raises UsageError, on every rank, where the cache is too small.
     """
     plan = ScorePlan(budget, job.grid.shape.pipeline, pages_needed(budget, max(window.rows for window in windows)))
-    available = job.pages()
+    available, in_q8 = job.pages()
     with agreed(job.comm, "planning the KV cache"):
         if available < plan.pages:
+            cache = "--kv-cache q8, " if in_q8 >= plan.pages else ""
             raise UsageError(f"the KV cache holds {available * PAGE} tokens, but scoring needs {plan.pages * PAGE}: use more "
-                             "ranks in a replica, a smaller --weights format, --window or --token-budget")
+                             f"ranks in a replica, {cache}a smaller --weights format, --window or --token-budget")
     return plan
 
 
@@ -43,8 +44,9 @@ def score(job: ModelJob, stage: TransformerStage, plan: ScorePlan, documents: li
     dealt = max(1, plan.depth * plan.budget // windows[order[0]].rows)
     def run(counters, start: float, tick):
         queue = RequestQueue(order, None, counters, job.grid.data_index, job.grid.shape.data, dealt)
-        scorer = Scorer(job.grid, stage, documents, windows, plan, queue, counters, tick)
-        return scorer.run(), scorer.work()
+        scorer = Scorer(job.grid, stage, documents, windows, plan, queue, counters, start, tick)
+        scorer.run()
+        return scorer.logprobs, scorer.work()
     return job.work(len(windows), "windows", "scoring", run)
 
 

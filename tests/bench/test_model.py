@@ -16,6 +16,7 @@ from llama_hpc.bench.shapes import SHAPES, shape_config
 from llama_hpc.cli.main import main
 from llama_hpc.errors import NumericsError
 from llama_hpc.kernels.cpu.calls import shared_pool
+from llama_hpc.model.kv_cache import DTYPES
 from llama_hpc.model.sizes import parameters, weight_bytes, whole
 
 TINY = replace(SMALL_SHAPES["stories260K"], num_layers=3, norm_eps=2**-17)
@@ -77,6 +78,22 @@ def test_every_format_and_thread_count(tmp_path, capsys):
             assert result["operations_per_second"] * result["seconds"] == pytest.approx(4 * 2 * matrices)
     with h5py.File(tmp_path / "bench.h5") as file:
         assert file["models"]["tokens_per_second"].tolist() == [r["tokens_per_second"] for r in found]
+
+
+@pytest.mark.parametrize(("kv_cache", "weights", "expected"), [
+    ("auto", "q8", "f16"), ("auto", "f32", "f32"), ("q8", "f32", "q8")])
+def test_format_of_the_cache(tmp_path, capsys, monkeypatch, kv_cache, weights, expected):
+    kept = []
+    seconds = ModelBenchmark.seconds
+    monkeypatch.setattr(ModelBenchmark, "seconds", lambda self, case: kept.append(self.stage.cache) or seconds(self, case))
+    lines, report = bench(tmp_path, capsys, "--shape", "tiny", "--cases", "decode", "--threads", "1", "--rounds", "1",
+                          "--weights", weights, "--kv-cache", kv_cache)
+    assert {cache.dtype for cache in kept} == {np.dtype(DTYPES[expected])}
+    assert any(line.endswith(f"KV cache in {expected}") for line in lines)
+    # Keys of 8 values and values, padded to the registers' 16, of 4 KV heads in 3 layers.
+    (found,) = report["models"]
+    bytes_of_values = {"f32": 24 * 4, "f16": 24 * 2, "q8": 24 + 2 * 2}[expected]
+    assert found["kv_cache"] == expected and found["cache_bytes"] == 4 * 4 * 3 * bytes_of_values
 
 
 def test_checkpoint(tmp_path, capsys):

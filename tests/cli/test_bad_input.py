@@ -129,7 +129,9 @@ OPTIONS = {
     "no size": usage("--kv-memory: must be a number of bytes, or with a unit such as 512M or 4G, got 'lots'",
                      options="--kv-memory lots"),
     "a cache for nobody": usage("the KV cache holds 0 tokens, but request 'a' needs 7 (a prompt of 3 and up to 4 more): raise "
-                                "--kv-memory", options="--kv-memory 1K"),
+                                "--kv-memory, or lower", options="--kv-memory 1K"),
+    "a cache for nobody but in q8": usage("the KV cache holds 0 tokens", "raise --kv-memory, give --kv-cache q8, or lower",
+                                          options="--kv-memory 8K"),
     "a budget of nothing": usage("--token-budget: must be a whole number of at least 1, got '0'", options="--token-budget 0"),
     "unknown reduce mode": usage("--reduce: invalid choice: 'magic'", options="--reduce magic"),
     "no target": usage("--slo: 'fast' is no target: give METRIC.pN=SECONDS", options="--slo fast"),

@@ -1,9 +1,12 @@
 """The grid that is chosen where none is asked for: as many replicas as memory allows."""
 
+import numpy as np
 import pytest
 from model_shapes import SHAPES
 
-from llama_hpc.engine.layout import OVERHEAD, USABLE, auto_grid, rank_shares
+from llama_hpc.engine.answers import ReadyRequest
+from llama_hpc.engine.layout import OVERHEAD, USABLE, auto_grid, check_pages, rank_shares
+from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
 from llama_hpc.model.config import ModelConfig
@@ -111,3 +114,22 @@ def test_weights_of_a_rank_are_about_its_part_of_the_whole():
         parts = [r.weights for r in rank_shares(LLAMA, "q8", shape, 0)]
         assert whole <= sum(parts) < 1.01 * whole
         assert max(parts) < 1.2 * whole / shape.size
+
+
+@pytest.mark.parametrize(("pages", "in_q8", "suggested"), [(2, 3, True), (2, 2, False), (1, 1, False)])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_smaller_cache_format_is_suggested_where_it_helps(pages, in_q8, suggested, chosen):
+    """A prompt of 40 and up to 5 more tokens take three pages."""
+    request = ReadyRequest(0, "a", np.arange(40, dtype=np.int32), SamplingParams(), 5)
+    with pytest.raises(UsageError, match=f"holds {16 * pages} tokens, but request 'a' needs 45") as caught:
+        check_pages(pages, in_q8, [request], chosen)
+    assert ("--kv-cache q8" in str(caught.value)) == suggested
+    assert ("raise --kv-memory" in str(caught.value)) == chosen
+    check_pages(3, in_q8, [request], chosen)
+
+
+def test_a_grid_is_not_refused_with_what_is_on_already():
+    for kv_cache, suggested in (("auto", True), ("f16", True), ("q8", False)):
+        with pytest.raises(UsageError) as caught:
+            auto_grid(LLAMA, "q8", 1, 1, 8 * GIB, 1, 1, 1024, kv_cache=kv_cache)
+        assert ("--kv-cache q8" in str(caught.value)) == suggested
