@@ -83,6 +83,9 @@ def add_durability(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("progress, kept in FILE.progress until FILE is complete")
     group.add_argument("--resume", action="store_true",
                        help="go on behind what earlier runs into FILE have finished, on any grid; without any, begin")
+    group.add_argument("--time-limit", type=seconds, metavar="S",
+                       help="stop after S seconds with what is finished, as on SIGTERM, SIGUSR1 or SIGINT, and 60 s before the "
+                            "end that the scheduler has set")
     group.add_argument("--sync-interval", type=seconds, default=5.0, metavar="S",
                        help="seconds of finished answers that the death of a node may cost; that of the job costs none "
                             "(default: %(default)g)")

@@ -16,6 +16,7 @@ from llama_hpc.errors import UsageError
 from llama_hpc.model.kv_cache import pages_of
 from llama_hpc.model.transformer import TransformerStage
 from llama_hpc.runtime.abort import agreed
+from llama_hpc.runtime.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,11 @@ def sizes_for(plan: BatchPlan, ready: list[ReadyRequest]) -> dict[str, int]:
 
 
 def answer(job: ModelJob, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], tokenizer, keep=None,
-           done: frozenset[tuple[int, int]] = frozenset()) -> tuple[Replica, float, int]:
+           done: frozenset[tuple[int, int]] = frozenset(), stop: Stop | None = None) -> tuple[Replica, float, int]:
     """This rank's part of a replica, which has the answers (on its leader); seconds; tokens in all (first rank, elsewhere 0).
 
-    ``tokenizer``: that of the model on leaders, or None without one; ``keep``, ``done``: see Replica. Collective over the job.
+    ``tokenizer``: that of the model on leaders, or None without one; ``keep``, ``done``, ``stop``: see Replica. Collective over
+    the job.
     """
     grid, eos = job.grid, eos_ids(job.checkpoint.config, tokenizer)
     def decode(ids) -> str:
@@ -78,7 +80,7 @@ def answer(job: ModelJob, stage: TransformerStage, plan: BatchPlan, ready: list[
     def run(counters, start: float, tick) -> Replica:
         queue = RequestQueue(*order, counters, grid.data_index, grid.shape.data, at_once)
         replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, tick, keep,
-                          done)
+                          done, stop)
         replica.run()
         return replica
     return job.work(len(order[0]), "prompts", "answering", run)

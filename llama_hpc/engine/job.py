@@ -22,6 +22,7 @@ from llama_hpc.kernels.numerics import PAGE
 from llama_hpc.model.kv_cache import cache_format
 from llama_hpc.results import Output, check_output_path, write_results
 from llama_hpc.runtime.abort import on_first
+from llama_hpc.runtime.stopping import Stop
 from llama_hpc.text import load_tokenizer
 from llama_hpc.weights.checkpoint import weights_format
 
@@ -43,14 +44,15 @@ class Job(ModelJob):
         try:
             ready, done, complete = on_first(self.comm, self._read)
             if not complete:
-                self._answer(ready, done)
+                with Stop(self.args.time_limit) as stop:
+                    self._answer(ready, done, stop)
         except BaseException:
             if self.first:
                 self.durable.abandon()
             raise
         return 0
 
-    def _answer(self, ready: list[ReadyRequest], done: Done) -> None:
+    def _answer(self, ready: list[ReadyRequest], done: Done, stop: Stop) -> None:
         self.open()
         samples = sum(r.params.n for r in ready)
         grid = self.choose_grid(samples, self.args.max_seqs, longest(ready),
@@ -62,13 +64,12 @@ class Job(ModelJob):
         stage = self.make_stage(self.load(self.hashes if grid.data_index == 0 else None), **sizes_for(plan, ready))
         tokenizer = load_tokenizer(self.checkpoint.path) if grid.is_leader else None
         self.durable.begin(self)
-        replica, seconds, tokens = answer(self, stage, plan, ready, tokenizer, self.durable.keep, done)
+        replica, seconds, tokens = answer(self, stage, plan, ready, tokenizer, self.durable.keep, done, stop)
+        answers = self.comm.allreduce(replica.finished)
         if self.first:
-            earlier = len({request for request, _ in done})
-            _LOG.info("%d prompts answered with %d tokens in %.2f s: %.1f tokens/s",
-                      len(ready) - earlier, tokens, seconds, tokens / seconds)
+            _LOG.info("%d answers with %d tokens in %.2f s: %.1f tokens/s", answers, tokens, seconds, tokens / seconds)
         self.conclude(stage, seconds, replica.work() | {"answers": replica.finished}, vars(self.args), micro_batches=plan.depth)
-        self._finish(replica)
+        self._finish(replica, samples, stop.reason)
 
     def _read(self) -> tuple[list[ReadyRequest], Done, bool]:
         """First rank: everything about the prompts and the output that can be checked before a weight is read.
@@ -88,15 +89,16 @@ class Job(ModelJob):
         done = self.durable.examine(identity_of(ready, weights, cache_format(self.settings.kv_cache, weights)))
         return ready, done, self.durable.complete
 
-    def _finish(self, replica: Replica) -> None:
+    def _finish(self, replica: Replica, samples: int, stopped: str) -> None:
         grid = self.grid
         own = RankReport(grid.data_index, grid.stage, grid.tensor_index, replica.work(), replica.recorder.result())
-        hashes, reports = (self.comm.gather(part) for part in (self.hashes, own))
+        hashes, reports, reasons = (self.comm.gather(part) for part in (self.hashes, own, stopped))
         found = self.durable.collect(self)
         if self.first:
             self.facts["seed"] = self.params.seed
             if self.hashes is not None:
                 self.facts["weights_sha256"] = {name: value for part in hashes for name, value in (part or {}).items()}
+            self.facts["stopped"] = next(filter(None, reasons), "") if len(found.outputs) < samples else ""
             self.facts |= {"identity": self.durable.identity, "runs": found.runs, "torn_bytes": found.torn}
         on_first(self.comm, self._write, found.outputs, reports)
 
@@ -110,12 +112,18 @@ class Job(ModelJob):
             _LOG.info("%s", line)
         for line in warnings:
             _LOG.warning("%s", line)
+        stopped, samples = self.facts["stopped"], sum(request.params.n for request in self.requests)
         try:
             digest = write_results(self.args.output, self.requests, self.texts, outputs, self.facts, tables,
+                                   status="incomplete" if stopped else "complete",
                                    overwrite=self.args.overwrite or self.args.resume)
         except ResultsError as error:
             raise ResultsError(f"{error}: all answers are kept in {self.durable.folder.path}: make room, then --resume") from None
-        _LOG.info("results in %s, digest %s", self.args.output, digest)
-        self.durable.end()
+        if stopped:
+            _LOG.warning("stopped by %s: %s has %d of %d answers, --resume goes on", stopped, self.args.output, len(outputs),
+                         samples)
+        else:
+            _LOG.info("results in %s, digest %s", self.args.output, digest)
+            self.durable.end()
         if self.args.trace:
             Path(self.args.trace).write_text(trace(reports), encoding="utf-8")

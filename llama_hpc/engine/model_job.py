@@ -15,7 +15,7 @@ from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.layout import auto_grid, cache_pages
-from llama_hpc.engine.queue import COUNTERS, FINISHED, TOKENS
+from llama_hpc.engine.queue import COUNTERS, ENDED, FINISHED, TOKENS
 from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.target import kernels
@@ -170,8 +170,10 @@ class ModelJob:
         with Progress(total, unit, label, show=self.show) as progress:
             watch = _Watch(counters, progress) if self.first else None
             result = run(counters, start, watch)
+            if self.grid.is_leader:
+                counters.add(ENDED, 1)
             if watch:
-                watch.until(total)
+                watch.until(self.grid.shape.data)
         self.comm.Barrier()
         seconds = time.monotonic() - start
         tokens = counters.read(TOKENS) if self.first else 0
@@ -218,10 +220,10 @@ class _Watch:
         self._last = time.monotonic()
         self.progress.update(self.counters.read(FINISHED) - self.progress.done)
 
-    def until(self, total: int) -> None:
-        """Waits for the other replicas; looks often, as the time until the last answer is measured."""
-        self._look()
-        while self.progress.done < total:
+    def until(self, replicas: int) -> None:
+        """Waits until all replicas have ended; looks often, as the time until the last answer is measured."""
+        while self.counters.read(ENDED) < replicas:
             time.sleep(0.01)
             self.counters.comm.Iprobe()
             self._look()
+        self._look()

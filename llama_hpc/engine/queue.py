@@ -3,7 +3,7 @@
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.engine.answers import ReadyRequest
 
-NEXT, FINISHED, TOKENS, COUNTERS = 0, 1, 2, 3       # of the shared counters
+NEXT, FINISHED, TOKENS, STOP, ENDED, COUNTERS = range(6)        # of the shared counters
 _DECODE_COST = 4                # of a generated token, in tokens of a prompt
 
 

@@ -12,13 +12,15 @@ from llama_hpc.engine.answers import Answer, ReadyRequest
 from llama_hpc.engine.latency import Target
 from llama_hpc.engine.loop import StepLoop
 from llama_hpc.engine.pages import PagePool
-from llama_hpc.engine.queue import FINISHED, TOKENS, RequestQueue, missing
+from llama_hpc.engine.queue import FINISHED, STOP, TOKENS, RequestQueue, missing
 from llama_hpc.engine.scheduler import Scheduler, Sequence, StepLimits
 from llama_hpc.grid import Grid
 from llama_hpc.model.transformer import Batch, TransformerStage
 from llama_hpc.results.schema import Output
+from llama_hpc.runtime.stopping import Stop
 
 _NAP = 0.005                    # seconds between looks for requests
+_LOOK = 0.1                     # seconds between looks for a wish to stop on other ranks
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Replica(StepLoop):
     ``requests`` are all requests of the job, the same on every rank; ``queue`` tells the leader which ones are this replica's.
     ``decode`` turns ids into text (leader only; None without a tokenizer). Times are seconds after ``origin``. ``keep`` takes
     each finished answer on the leader (default: ``outputs`` does); pairs of request and sample that are ``done`` are left out.
+    With a reason to ``stop`` on any rank of the job, ``run`` ends at the next step and gives up what is unfinished.
     """
 
     def __init__(self, grid: Grid, stage: TransformerStage, requests: list[ReadyRequest], plan: BatchPlan, queue: RequestQueue,
                  counters: SharedCounters, eos_ids: frozenset[int], decode, origin: float, tick=None,
-                 keep=None, done: frozenset[tuple[int, int]] = frozenset()):
+                 keep=None, done: frozenset[tuple[int, int]] = frozenset(), stop: Stop | None = None):
         super().__init__(grid, stage, PagePool(plan.pages, plan.sharing), plan.depth, plan.limits.token_budget, plan.max_seqs,
                          origin, tick)
         self.requests, self.queue, self.counters, self.eos_ids, self.decode = requests, queue, counters, eos_ids, decode
@@ -54,6 +57,7 @@ class Replica(StepLoop):
         self._samples_left: dict[int, int] = {}                 # of each request that is being answered
         self.outputs: list[Output] = []
         self._keep, self._done, self.finished = keep or self.outputs.append, done, 0
+        self._stop, self._stopping, self._looked = stop or Stop(), False, 0.0
         # Only the leader's limits count; on the last stage, what it waits for is the stages before.
         self.adapter = Adapter(plan.limits, plan.max_seqs, plan.targets, plan.depth) if plan.adapt else None
 
@@ -93,13 +97,27 @@ class Replica(StepLoop):
                 outcome.done[i] = bool(answer.finish_reason)
                 if answer.finish_reason:
                     self._finish(sequence, answer)
-        if not self.answers and self.queue.next_arrival is not None:
+        stopping = self._must_stop()
+        if not self.answers and not stopping and self.queue.next_arrival is not None:
             self._wait_for_arrival(self.queue.next_arrival)
-        admitted = self._admit()
+        admitted = [] if stopping else self._admit()
         limits = self.adapter.limits if self.adapter else self.limits
-        outcome.decide(fault, self.queue.exhausted and not self.answers, astuple(limits), admitted)
+        outcome.decide(fault, stopping or (self.queue.exhausted and not self.answers), astuple(limits), admitted)
+
+    def _must_stop(self) -> bool:
+        """Whether some rank has a reason to stop; all are told of this one's."""
+        if self._stopping:
+            return True
+        if self._stop.reason:
+            self._stopping = True
+            self.counters.add(STOP, 1)
+        elif self.outcomes.leads and self.counters.comm.size > 1 and time.monotonic() - self._looked > _LOOK:
+            self._looked, self._stopping = time.monotonic(), self.counters.read(STOP) > 0
+        return self._stopping
 
     def end(self, rows: int) -> tuple[int, ...]:
+        if not self.outcomes.leads:
+            self._must_stop()
         if self.adapter and rows:
             self.adapter.observe(*self.recorder.step_seconds())
         scheduler = self.scheduler

@@ -18,6 +18,7 @@ numba_setup.configure(1)
 from llama_hpc.cli.main import main  # noqa: E402
 from llama_hpc.model.kv_cache import KVCache  # noqa: E402
 from llama_hpc.model.transformer import TransformerStage  # noqa: E402
+from llama_hpc.runtime import stopping  # noqa: E402
 from llama_hpc.weights.checkpoint import Checkpoint  # noqa: E402
 
 
@@ -27,14 +28,18 @@ def raising(error):
     return fail
 
 
-def signalling(process, number):
-    """Sends a signal and waits to be ended."""
+def signalling(process, *numbers):
+    """Sends signals and waits to be ended."""
     def fail():
-        os.kill(process(), number)
+        for number in numbers:
+            os.kill(process(), number)
+            time.sleep(0.1)
         time.sleep(60)
     return fail
 
 
+# Signals that follow each other so soon count as two.
+stopping._SAME = 0.05
 # The first file that is renamed says which job it is, the second one is the output.
 # The second KV cache and the fourth step are the model's own: compiling the kernels takes one of each.
 STEP = (TransformerStage, "forward", 4)
@@ -44,7 +49,7 @@ FAULTS = {
     "bug": (*STEP, raising(ValueError("an odd value"))),
     "disk full": (os, "replace", 2, raising(OSError(errno.ENOSPC, "No space left on device"))),
     "killed": (*STEP, signalling(os.getpid, signal.SIGKILL)),
-    "interrupted": (*STEP, signalling(os.getpid, signal.SIGINT)),
+    "interrupted twice": (*STEP, signalling(os.getpid, signal.SIGINT, signal.SIGINT)),
     "interrupted mpirun": (*STEP, signalling(os.getppid, signal.SIGINT)),
     "terminated mpirun": (*STEP, signalling(os.getppid, signal.SIGTERM)),
 }

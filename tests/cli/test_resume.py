@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -151,3 +152,47 @@ def test_overwrite_begins_anew(mpirun, model, prompts, undisturbed, unfinished):
     assert job.returncode == 0, job.stderr
     with read_results(unfinished) as results:
         assert results.digest == undisturbed and {output.attempt for output in results.outputs()} == {0}
+
+
+def signalled(ranks, argv, folder, number, to=0, seconds=60):
+    """Starts a job, sends a signal to one of its ranks when an answer is kept; returns the exit code and what it said."""
+    command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), sys.executable, *map(str, argv)]
+    with subprocess.Popen(command, env=mpi_jobs.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, start_new_session=True) as job:
+        end = time.monotonic() + seconds
+        while answers_in(folder) < 1 and job.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        python = [p for p in psutil.Process(job.pid).children(recursive=True) if "llama_hpc" in p.cmdline()]
+        sorted(python, key=lambda process: process.pid)[to].send_signal(number)
+        output, _ = job.communicate(timeout=seconds)
+    return job.returncode, output
+
+
+@pytest.mark.parametrize("grid, to, number", [("1x1x1", 0, signal.SIGTERM), ("3x1x1", 2, signal.SIGUSR1),
+                                              ("1x3x1", 0, signal.SIGINT), ("2x1x2", 3, signal.SIGUSR1)])
+def test_a_signal_to_any_rank_ends_all_with_what_is_finished(mpirun, model, prompts, undisturbed, tmp_path, grid, to, number):
+    output, ranks = tmp_path / "out.h5", eval(grid.replace("x", "*"))
+    code, said = signalled(ranks, arguments(model, prompts, output, "--grid", grid), ProgressFolder(output), number, to)
+    assert code == 0, said
+    with read_results(output) as results:
+        count = results.num_outputs
+        assert results.status == "incomplete" and results.provenance["stopped"] == number.name and 1 <= count < COUNT + 4
+    assert f"stopped by {number.name}: {output} has {count} of {COUNT + 4} answers, --resume goes on" in said
+    job = mpirun(2, arguments(model, prompts, output, "--resume"))
+    assert job.returncode == 0 and f"resuming: {count} answers of 1 earlier run" in job.stderr, job.stderr
+    with read_results(output) as results:
+        assert results.status == "complete" and results.digest == undisturbed
+
+
+def test_a_time_limit_and_the_schedulers_end_stop_a_run(mpirun, model, prompts, undisturbed, tmp_path):
+    output = tmp_path / "out.h5"
+    soon = {"SLURM_JOB_END_TIME": str(int(time.time()) + 61)}
+    for options, env, reason in ((("--time-limit", "0.001"), {}, "the time limit of 0.001 s"),
+                                 (("--resume",), soon, "the job's end in 60 s")):
+        job = mpirun(2, arguments(model, prompts, output, *options), env=env)
+        assert job.returncode == 0, job.stderr
+        assert f"stopped by {reason}: {output} has 0 of {COUNT + 4} answers, --resume goes on" in job.stderr
+    job = mpirun(1, arguments(model, prompts, output, "--resume", "--time-limit", 1000))
+    assert job.returncode == 0, job.stderr
+    with read_results(output) as results:
+        assert results.status == "complete" and results.digest == undisturbed
