@@ -24,15 +24,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the file and return 0.
+    """Print the file, or how far the job is that writes it, and return 0.
 
     Raises ResultsError for a file that cannot be read or fails --verify, UsageError for an unknown id.
     """
     from llama_hpc.results import Scores, read_output
+    from llama_hpc.results.parts import ProgressFolder
 
     # A terminal with a narrow encoding shows escapes instead of failing.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    folder = ProgressFolder(args.results)
+    if folder.path.is_dir() and (folder.in_use() or not os.path.exists(args.results)):
+        from llama_hpc.cli.show_progress import print_progress
+        print_progress(folder, args)
+        return 0
     with read_output(args.results) as results:
         rows = _rows(results, args)
         if args.verify:

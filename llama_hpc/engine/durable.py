@@ -32,7 +32,8 @@ def identity_of(ready: Sequence[ReadyRequest], weights: str, kv_cache: str) -> d
     for request in ready:
         prompts.update(json.dumps([request.id, len(request.prompt)]).encode() + request.prompt.astype("<i4").tobytes())
         sampling.update(json.dumps([asdict(request.params), request.limit], sort_keys=True).encode())
-    return {"weights": weights, "KV cache": kv_cache, "prompts": f"{len(ready)} with hash {prompts.hexdigest()[:16]}",
+    return {"answers": sum(request.params.n for request in ready), "weights": weights, "KV cache": kv_cache,
+            "prompts": f"{len(ready)} with hash {prompts.hexdigest()[:16]}",
             "sampling settings": f"of hash {sampling.hexdigest()[:16]}"}
 
 

@@ -97,6 +97,17 @@ class ProgressFolder:
             os.close(self._lock)
             self._lock = None
 
+    def in_use(self) -> bool:
+        """Whether a job holds the lock now."""
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            return not try_lock(descriptor, fcntl.LOCK_SH)
+        finally:
+            os.close(descriptor)
+
     def identity(self) -> dict[str, Any] | None:
         """Which job this is the progress of; None where there is none. Raises ResultsError for what cannot be read."""
         path = self.path / "job.json"

@@ -117,6 +117,22 @@ def unfinished(model, prompts, tmp_path):
     return output
 
 
+def test_show_tells_how_far_a_broken_job_is(mpirun, unfinished):
+    count = answers_in(ProgressFolder(unfinished))
+    job = mpirun(1, ["-m", "llama_hpc", "show", unfinished])
+    # mpirun gives a terminal, in which lines are wrapped.
+    said = " ".join(job.stdout.split())
+    assert f"{unfinished}: not running: --resume goes on, {count} of {COUNT + 4} answers with" in said, job.stderr
+    facts = json.loads(mpirun(1, ["-m", "llama_hpc", "show", unfinished, "--json"]).stdout)
+    assert (facts["running"], facts["answers"], facts["of"], facts["grid"]) == (False, count, COUNT + 4, "1x1x1")
+    # A job that runs holds the lock.
+    folder = ProgressFolder(unfinished)
+    folder.lock({}, 0)
+    facts = json.loads(mpirun(1, ["-m", "llama_hpc", "show", unfinished, "--json"]).stdout)
+    assert facts["running"] and facts["answers_per_second"] > 0 and facts["seconds_left"] > 0
+    folder.release()
+
+
 def test_what_would_lose_finished_work_is_refused(mpirun, model, prompts, unfinished, tmp_path):
     """One line each, and everything is still there afterwards."""
     folder = ProgressFolder(unfinished)
