@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llvmlite.binding
@@ -113,15 +114,26 @@ def here():
     return get
 
 
-def other_process(statement, **variables):
-    """What another process prints. Its compiled code is kept apart: see ``numba_setup``."""
+def other_process(statement, *variables):
+    """What another process with these pairs in its environment prints. Its compiled code is kept apart: see ``numba_setup``."""
     start = f"from llama_hpc.runtime.numba_setup import configure; configure(2); from test_instruction_sets import *; {statement}"
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_CPU", "LLAMA_HPC_KERNELS"))}
-    environment |= variables | {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
+    environment |= dict(variables) | {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def printed(request):
+    """What ``other_process`` prints for a job, its arguments. The jobs of all tests that are to run are started at once, two at a
+    time: each is compiling on one core for most of its time."""
+    jobs = {item.callspec.params.get("job"): None for item in request.session.items if hasattr(item, "callspec")}
+    with ThreadPoolExecutor(2) as pool:
+        started = {job: pool.submit(other_process, *job) for job in jobs if job}
+        yield lambda job: started[job].result()
+        pool.shutdown(cancel_futures=True)
 
 
 AVX2 = "avx2", "fma", "f16c"
@@ -135,24 +147,38 @@ PROCESSORS = [
 ]
 
 
-@pytest.mark.parametrize("name, kernels, registers, features", PROCESSORS)
-def test_other_processors_give_the_same_bits(here, name, kernels, registers, features):
-    """Ones that this processor can stand in for, with registers no wider than theirs."""
+def processor_job(name, features):
+    """None where this processor cannot stand in for one."""
     if platform.machine() != "x86_64" or not all(llvmlite.binding.get_host_cpu_features().get(f) for f in features):
-        pytest.skip(f"this processor has not the instructions of {name}")
+        return None
     listed = ",".join(f"+{feature}" for feature in features)
-    found = other_process("report(*FORMATS)", NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=listed)
+    return "report(*FORMATS)", ("NUMBA_CPU_NAME", name), ("NUMBA_CPU_FEATURES", listed)
+
+
+def choice_job(kernels):
+    """None where this processor uses or lacks these kernels."""
+    if kernels == target.kernels() or kernels not in target.possible():
+        return None
+    return "report('q3_5', 'q4')", ("LLAMA_HPC_KERNELS", kernels)
+
+
+@pytest.mark.parametrize("name, kernels, registers, job", [(*row[:3], processor_job(row[0], row[3])) for row in PROCESSORS])
+def test_other_processors_give_the_same_bits(here, printed, name, kernels, registers, job):
+    """Ones that this processor can stand in for, with registers no wider than theirs."""
+    if job is None:
+        pytest.skip(f"this processor has not the instructions of {name}")
+    found = printed(job)
     # What LLVM makes of loops by itself may be narrower: it avoids zmm on the first processors that have it.
     assert found[:2] == [name, kernels] and found[2] <= registers
     assert found[3] == here(FORMATS)
 
 
-@pytest.mark.parametrize("kernels", target.KERNELS[1:])
-def test_chosen_kernels_give_the_same_bits(here, kernels):
+@pytest.mark.parametrize("kernels, job", [(kernels, choice_job(kernels)) for kernels in target.KERNELS[1:]])
+def test_chosen_kernels_give_the_same_bits(here, printed, kernels, job):
     """LLAMA_HPC_KERNELS, on this processor."""
-    if kernels == target.kernels() or kernels not in target.possible():
+    if job is None:
         pytest.skip(f"this processor uses or lacks the {kernels} kernels")
-    found = other_process("report('q3_5', 'q4')", LLAMA_HPC_KERNELS=kernels)
+    found = printed(job)
     assert found[1] == kernels
     assert found[3] == here(("q3_5", "q4"))
 
@@ -182,7 +208,7 @@ def test_other_architectures_can_compile_the_generic_kernels(here, tmp_path):
     except RuntimeError:
         pytest.skip("this llvmlite has no back end for aarch64")
     # Not from the cache: code that was loaded has no source.
-    *counts, found = other_process("elsewhere('aarch64-linux-gnu')", NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="",
-                                   NUMBA_CACHE_DIR=str(tmp_path))
+    *counts, found = other_process("elsewhere('aarch64-linux-gnu')", ("NUMBA_CPU_NAME", "x86-64"), ("NUMBA_CPU_FEATURES", ""),
+                                   ("NUMBA_CACHE_DIR", str(tmp_path)))
     assert min(map(int, counts)) > 0
     assert found == here(("q3_5",))
