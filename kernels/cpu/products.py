@@ -4,6 +4,8 @@ Canonical: exact int8 dot products of groups, one float chain a reduction block,
 shares out panels of 32 rows. A product may have several parts (q, k and v; gate and up) that read the same activations.
 """
 
+from functools import cache
+
 import numpy as np
 from numba import carray, njit
 from numba.extending import intrinsic, overload
@@ -58,6 +60,7 @@ def scratch_bytes() -> int:
     return 2 * CHUNK * WIDTH * 8
 
 
+@cache
 def block_panels(tile_bytes: int) -> int:
     """Panels that take a quarter of the second-level cache: they are multiplied by a chunk of tokens, then by the next."""
     return max(1, cache_sizes().l2 // (8 * tile_bytes))
