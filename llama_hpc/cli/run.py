@@ -2,7 +2,17 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_kv_cache, add_layout, add_output, add_reduce, add_sizes, add_threads, memory_size, whole
+from llama_hpc.cli.options import (
+    add_context,
+    add_kv_cache,
+    add_layout,
+    add_output,
+    add_reduce,
+    add_sizes,
+    add_threads,
+    memory_size,
+    whole,
+)
 from llama_hpc.cli.start import start
 
 
@@ -14,6 +24,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add_sizes(layout)
     add_kv_cache(layout)
     add_reduce(layout)
+    add_context(layout)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
     add_output(parser)
     parser.add_argument("--trace", metavar="FILE", help="write a timeline for chrome://tracing or ui.perfetto.dev (JSON)")

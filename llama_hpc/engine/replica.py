@@ -50,8 +50,8 @@ class Replica:
         self.grid, self.stage, self.requests, self.queue, self.counters = grid, stage, requests, queue, counters
         self.eos_ids, self.decode, self.origin, self.tick = eos_ids, decode, origin, tick or (lambda: None)
         self.plan = plan
-        self.scheduler = Scheduler(plan.limits, plan.max_seqs, PagePool(plan.pages, plan.sharing), stage.cache.pages, plan.depth,
-                                   self._sequences)
+        self.scheduler = Scheduler(plan.limits, plan.max_seqs, PagePool(plan.pages, plan.sharing, stage.cache.parts),
+                                   stage.cache.pages, plan.depth, self._sequences, stage.cache.first_parts)
         self.channel = StageChannel(grid.pipeline_comm, plan.depth, plan.limits.token_budget, stage.config.hidden_size)
         self.pipeline, self.under_way = PipelineStage(stage, self.channel), PipelineState(grid.shape.pipeline, plan.depth)
         self.outcomes = Outcomes(grid.replica, grid.leader_rank, plan.depth, plan.max_seqs)
@@ -62,7 +62,7 @@ class Replica:
         self._steps = self._tokens = 0
         # Only the leader's limits count; on the last stage, what it waits for is the stages before.
         self.adapter = Adapter(plan.limits, plan.max_seqs, plan.targets, plan.depth) if plan.adapt else None
-        self.recorder = Recorder(origin, stage.reducer.nanoseconds)
+        self.recorder = Recorder(origin, stage.joining)
 
     def _sequences(self, number: int) -> list[Sequence]:
         request = self.requests[number]
@@ -92,11 +92,11 @@ class Replica:
 
     def work(self) -> dict[str, int | float | str]:
         """What this rank has done: counts of steps and tokens run, of tokens found in the cache and not run, of sequences set
-        back; the most pages that sequences held at a time; bytes sent to the next stage; what ``TensorReducer.work`` tells."""
+        back; the most pages that sequences held at a time; bytes sent to the next stage; what ``TransformerStage.work`` tells."""
         pool = self.scheduler.pool
         return {"steps": self._steps, "sequence_parallel_steps": self.stage.spread_steps, "tokens": self._tokens,
                 "shared_tokens": pool.shared_tokens, "setbacks": self.scheduler.setbacks, "pages": pool.count,
-                "pages_used": pool.most_used, "bytes_sent": self.channel.bytes_sent, **self.stage.reducer.work()}
+                "pages_used": pool.most_used, "bytes_sent": self.channel.bytes_sent, **self.stage.work()}
 
     def _oldest(self) -> int:
         """The oldest step under way, taken off when it has passed all stages."""

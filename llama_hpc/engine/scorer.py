@@ -38,8 +38,8 @@ class Scorer:
                  plan: ScorePlan, queue: RequestQueue, counters: SharedCounters, tick=None):
         self.grid, self.stage, self.windows, self.plan = grid, stage, windows, plan
         self.queue, self.counters, self.tick = queue, counters, tick or (lambda: None)
-        self.pool = PagePool(plan.pages, sharing=False)
-        self.packer = Packer(documents, windows, plan.budget, self.pool, stage.cache.pages)
+        self.pool = PagePool(plan.pages, sharing=False, parts=stage.cache.parts)
+        self.packer = Packer(documents, windows, plan.budget, self.pool, stage.cache.pages, stage.cache.first_parts)
         self.channel = StageChannel(grid.pipeline_comm, plan.depth, plan.budget, stage.config.hidden_size)
         self.outcomes = Outcomes(grid.replica, grid.leader_rank, plan.depth, MOST_WINDOWS)
         self.gather = LogitsGather(grid.tensor_comm, stage) if grid.last_stage else None
