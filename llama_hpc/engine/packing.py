@@ -76,7 +76,7 @@ class Packer:
     def _hold(self, place: int, rows: int) -> None:
         """Pages for the first ``rows`` rows of a window."""
         pool = self.pool
-        first_part = self._pages[0] % pool.parts if self._pages else pool.roomiest()
+        first_part = self._pages[0] % pool.parts if self._pages else pool.first_part(self._tokens[:0])
         while len(self._pages) * PAGE < rows:
             self._pages.append(pool.take(pool.part_of(first_part, len(self._pages))))
         self._first_parts[place] = first_part

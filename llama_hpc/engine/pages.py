@@ -44,8 +44,11 @@ class PagePool:
         """Pages that ``take`` can still give of each part."""
         return [len(free) + len(kept) for free, kept in zip(self._free, self._kept, strict=True)]
 
-    def roomiest(self) -> int:
-        """The part that can give most pages: a sequence that shares nothing had better begin there."""
+    def first_part(self, tokens: np.ndarray) -> int:
+        """The part for the first block of a sequence of these tokens: where its beginning is stored, else that of most room."""
+        stored = self._stored.get((ROOT, tokens[:PAGE].tobytes())) if len(tokens) > PAGE else None
+        if stored is not None:
+            return stored[0] % self.parts
         room = self.room()
         return room.index(max(room))
 

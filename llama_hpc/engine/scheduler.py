@@ -54,9 +54,9 @@ class Sequence:
 
     def start(self, slot: int, pool: PagePool) -> None:
         """Takes a slot, and what the cache has of its tokens already."""
-        self.slot = slot
-        self.pages, self._name = pool.find(self.tokens[: self.known])
-        self.first_part = self.pages[0] % pool.parts if self.pages else pool.roomiest()
+        known = self.tokens[: self.known]
+        self.slot, self.first_part = slot, pool.first_part(known)
+        self.pages, self._name = pool.find(known)
         self._stored = len(self.pages)
         self.cached = self._stored * PAGE
 
@@ -179,7 +179,8 @@ class Scheduler:
     def _has_room_beside(self, sequence: Sequence) -> bool:
         """Whether every part of the cache has what running sequences and this one, which is about to start, need."""
         parts = self.pool.parts
-        needs = [sequence.needs(parts, self.pool.roomiest()), *(s.needs(parts, s.first_part) for s in self.running)]
+        first = self.pool.first_part(sequence.tokens[: sequence.known])
+        needs = [sequence.needs(parts, first), *(s.needs(parts, s.first_part) for s in self.running)]
         return all(sum(of_part) <= room for *of_part, room in zip(*needs, self.pool.room(), strict=True))
 
     def _chunk(self, sequence: Sequence, left: int, chosen: list[Sequence]) -> None:
