@@ -27,8 +27,8 @@ from .simd_attention import merge_blocks, score_pages, shifted, weigh_scores, we
 from .team import SCRATCH, begin, chunk, member_words, work_at
 
 RUN = 4                         # rows of a run, at most
-_PAGES = ATTENTION_BLOCK // PAGE
-_NOWHERE = np.float32(-np.inf)  # the maximum of a block in which a query sees nothing
+PAGES = ATTENTION_BLOCK // PAGE
+NOWHERE = np.float32(-np.inf)  # the maximum of a block in which a query sees nothing
 
 # runs: int32 [run_count, 2], first row and number of rows; head_starts: int32 [kv_heads + 1], the first query head of each KV
 # head; window: visible positions, 0 for all; run_count: an int64; scale: a float32; target: a record ACTIVATION; scratch: bytes
@@ -45,7 +45,7 @@ def _attention_at(typing_context, where):
 
 def scratch_bytes(max_seq_len: int, head_dim: int, heads_per_kv: int) -> int:
     """Scratch that a thread needs for sequences of ``max_seq_len`` and at most ``heads_per_kv`` query heads of a KV head."""
-    return int(_places(-(-max_seq_len // ATTENTION_BLOCK), head_dim, RUN * heads_per_kv)[-1])
+    return int(places(-(-max_seq_len // ATTENTION_BLOCK), head_dim, RUN * heads_per_kv)[-1])
 
 
 @njit(cache=True)
@@ -62,7 +62,7 @@ def runs_of(sequences, positions, rows, runs):
 
 
 @njit(cache=True)
-def _places(blocks, head_dim, count):
+def places(blocks, head_dim, count):
     """Byte offsets in the scratch of a task with ``count`` queries, and its size.
 
     Scores [count, 256], queries [head_dim, count], maxima and sums [blocks, count], totals int64 [count], largest maxima
@@ -79,14 +79,14 @@ def _places(blocks, head_dim, count):
 
 
 @njit(cache=True)
-def _visible(position, window, block):
+def visible(position, window, block):
     """The positions of a block that a query at ``position`` sees, by their number in the block: first and last + 1."""
     low, start = max(0, position + 1 - window) if window > 0 else 0, block * ATTENTION_BLOCK
     return max(low - start, 0), min(position + 1 - start, ATTENTION_BLOCK)
 
 
 @njit(cache=True)
-def _gather(q, stride, rows, heads, head_dim, queries):
+def gather(q, stride, rows, heads, head_dim, queries):
     """The run's queries, transposed: float32 [head_dim, rows * heads]."""
     for r in range(rows):
         for h in range(heads):
@@ -102,7 +102,7 @@ def _scale(scores, count, table, scales, kv_heads, first, last):
     ``scales``: an address, where the first page keeps those of the KV head.
     """
     for page in range(first, last + 1):
-        factors, slot = load(uint16_at(scales), table[page] * kv_heads * PAGE), page % _PAGES * PAGE
+        factors, slot = load(uint16_at(scales), table[page] * kv_heads * PAGE), page % PAGES * PAGE
         for query in range(count):
             at = query * ATTENTION_BLOCK + slot
             store(scores, at, multiply(load(scores, at), factors))
@@ -119,42 +119,48 @@ def _weigh(pools, table, ahead, block, query, count, width, low, high, scores, c
 
 
 @njit(cache=True)
-def _block(op, kv_head, pools, table, ahead, position, rows, heads, width, block, queries, scores, maxima, sums, chains):
-    """One block for a run: float32 maxima, sums [queries] and chains [queries, width], row by row and head by head.
-
-    pools: keys and values of the KV head, each with the elements from page to page; ahead: what ``weigh_values`` asks for.
-    """
+def weigh_block(op, kv_head, pools, table, position, rows, heads, block, queries, scores, maxima, sums):
+    """Weights of one block for a run, in place of the scores, and their float32 maxima and sums [queries], row by row and head by
+    head. pools: keys and values of the KV head, each with the elements from page to page."""
     keys, key_stride, values, value_stride = pools
-    count, page, window = rows * heads, block * _PAGES, op.window
-    low, high = _visible(position, window, block)[0], _visible(position + rows - 1, window, block)[1]
+    count, page, window = rows * heads, block * PAGES, op.window
+    low, high = visible(position, window, block)[0], visible(position + rows - 1, window, block)[1]
     first, last = page + low // PAGE, page + (high - 1) // PAGE
     score_pages(float32_at(queries), count, op.head_dim, keys, key_stride, values, value_stride, table, first, last,
                 float32_at(op.scale)[0], float32_at(scores))
-    scales_at = 2 * kv_head * PAGE
     if op.key_scales:
-        _scale(float32_at(scores), count, table, op.key_scales + scales_at, op.kv_heads, first, last)
-    maximum, total, chain = float32_at(maxima), float32_at(sums), float32_at(chains)
+        _scale(float32_at(scores), count, table, op.key_scales + 2 * kv_head * PAGE, op.kv_heads, first, last)
+    maximum, total = float32_at(maxima), float32_at(sums)
     for query in range(count):
-        low, high = _visible(position + query // heads, window, block)
+        low, high = visible(position + query // heads, window, block)
         if low < high:
             maximum[query], whole = weigh_scores(float32_at(scores + 4 * query * ATTENTION_BLOCK), low, high)
             total[query] = np.float32(np.float64(whole) * UNFIXED)
         else:
-            maximum[query], total[query] = _NOWHERE, np.float32(0)
+            maximum[query], total[query] = NOWHERE, np.float32(0)
+    return first, last
+
+
+@njit(cache=True)
+def attend_block(op, kv_head, pools, table, ahead, position, rows, heads, width, block, queries, scores, maxima, sums, chains):
+    """One block for a run: as ``weigh_block``, and chains float32 [queries, width]. ahead: what ``weigh_values`` asks for."""
+    count, window = rows * heads, op.window
+    first, last = weigh_block(op, kv_head, pools, table, position, rows, heads, block, queries, scores, maxima, sums)
+    chain = float32_at(chains)
     if op.value_scales:
-        _scale(float32_at(scores), count, table, op.value_scales + scales_at, op.kv_heads, first, last)
+        _scale(float32_at(scores), count, table, op.value_scales + 2 * kv_head * PAGE, op.kv_heads, first, last)
     for i in range(count * width):
         chain[i] = np.float32(0)
     # What all rows see is read once for all, between what only earlier rows see (of a window) and what only later ones see.
-    low, high = _visible(position + rows - 1, window, block)[0], _visible(position, window, block)[1]
+    low, high = visible(position + rows - 1, window, block)[0], visible(position, window, block)[1]
     low, high = (low, high) if low < high else (ATTENTION_BLOCK, ATTENTION_BLOCK)
     for r in range(rows):
-        first, last = _visible(position + r, window, block)
+        first, last = visible(position + r, window, block)
         _weigh(pools, table, ahead, block, r * heads, heads, width, first, min(last, low), scores, chains)
     # Not a bare 0: Numba would compile the function again for a literal.
     _weigh(pools, table, ahead, block, np.int64(0), count, width, low, high, scores, chains)
     for r in range(rows):
-        first, last = _visible(position + r, window, block)
+        first, last = visible(position + r, window, block)
         _weigh(pools, table, ahead, block, r * heads, heads, width, max(first, high), last, scores, chains)
 
 
@@ -174,7 +180,7 @@ def _weigh_blocks(maxima, sums, blocks, count, largest, totals):
 
 
 @njit(cache=True)
-def _finish(target, row, head, head_dim, chain):
+def finish_head(target, row, head, head_dim, chain):
     """Moves the output of one head to its place in the activations ``target``, and quantises it; returns a kernel status."""
     out, status = float32_at(target.values + 4 * (row * target.stride + head * head_dim)), OK
     for d in range(head_dim):
@@ -195,15 +201,15 @@ def _run(op, keys, values, target, run, kv_head, scratch):
     first = max(0, position + 1 - op.window) // ATTENTION_BLOCK if op.window > 0 else 0
     blocks = (position + rows - 1) // ATTENTION_BLOCK + 1 - first
     count, width = rows * heads, (head_dim + LANES - 1) // LANES * LANES
-    queries, maxima, sums, totals, largest, chains, _ = _places(blocks, head_dim, count)
-    _gather(op.q + 4 * (row * op.q_stride + head * head_dim), op.q_stride, rows, heads, head_dim, scratch + queries)
+    queries, maxima, sums, totals, largest, chains, _ = places(blocks, head_dim, count)
+    gather(op.q + 4 * (row * op.q_stride + head * head_dim), op.q_stride, rows, heads, head_dim, scratch + queries)
     table = int32_at(op.pages + 4 * int32_at(op.sequences)[row] * op.pages_stride)
     own, following = shifted(keys, kv_head * head_dim * PAGE), shifted(keys, (kv_head + 1) * head_dim * PAGE)
     pools = own, op.kv_heads * head_dim * PAGE, shifted(values, kv_head * width * PAGE), op.kv_heads * width * PAGE
     for b in range(blocks):
         # What comes next: the keys of the next block, or of the first one for the next KV head.
-        next_keys, further = (own, _PAGES) if b + 1 < blocks else (following, (1 - blocks) * _PAGES)
-        _block(op, kv_head, pools, table, (next_keys, further, (position + rows - 1) // PAGE), position, rows, heads, width,
+        next_keys, further = (own, PAGES) if b + 1 < blocks else (following, (1 - blocks) * PAGES)
+        attend_block(op, kv_head, pools, table, (next_keys, further, (position + rows - 1) // PAGE), position, rows, heads, width,
                first + b, scratch + queries, scratch, scratch + maxima + 4 * b * count, scratch + sums + 4 * b * count,
                scratch + chains + 4 * b * count * width)
     weights, total = float32_at(scratch + maxima), int64_at(scratch + totals)
@@ -212,7 +218,7 @@ def _run(op, keys, values, target, run, kv_head, scratch):
     for query in range(count):
         chain, divisor = float32_at(scratch + chains + 4 * query * width), np.float32(np.float64(total[query]) * UNFIXED)
         if merge_blocks(chain, shifted(weights, query), blocks, count * width, count, head_dim, divisor):
-            status |= _finish(target, row + query // heads, head + query % heads, head_dim, chain)
+            status |= finish_head(target, row + query // heads, head + query % heads, head_dim, chain)
         else:
             status |= OUT_OF_RANGE
     return status

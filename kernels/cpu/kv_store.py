@@ -9,7 +9,7 @@ import numpy as np
 from numba import carray, njit
 from numba.extending import intrinsic
 
-from ..numerics import OK, OUT_OF_RANGE, PAGE
+from ..numerics import ATTENTION_BLOCK, OK, OUT_OF_RANGE, PAGE
 from .elementwise import largest_magnitude, rms_norm
 from .functions import half_bits, half_value
 from .memory import (
@@ -30,9 +30,10 @@ from .team import begin, chunk, work_at
 # q, k, v: float32 [rows, stride], q and k changed in place; sequences, positions: int32 [rows]; cosines, sines: float32
 # [positions, head_dim / 2]; pages: int32 [sequences, pages_stride]; q_norm, k_norm: float32 [head_dim], or 0; rows: an int64;
 # eps: a float64. half: whether the pools hold float16 bits; they hold int8 where there are key_scales and value_scales, uint16.
+# ranks, rank, first_parts: as in ``context_attention``, where blocks of positions are dealt out to several ranks; else 0.
 STORE = record("team", "status", "work", "rows", "q", "k", "v", "q_stride", "k_stride", "v_stride", "cosines", "sines",
                "sequences", "positions", "pages", "pages_stride", "keys", "values", "heads", "kv_heads", "head_dim", "q_norm",
-               "k_norm", "eps", "half", "key_scales", "value_scales")
+               "k_norm", "eps", "half", "key_scales", "value_scales", "ranks", "rank", "first_parts")
 
 
 @intrinsic
@@ -90,6 +91,15 @@ def _store_int8(source, bits, target, stride, count, scale):
 
 
 @njit(cache=True)
+def _elsewhere(op, row):
+    """Whether another rank holds the row's position."""
+    if op.ranks <= 1:
+        return False
+    block = int32_at(op.positions)[row] // ATTENTION_BLOCK
+    return (block + int32_at(op.first_parts)[int32_at(op.sequences)[row]]) % op.ranks != op.rank
+
+
+@njit(cache=True)
 def _store_head(op, row, kv_head, k, v):
     """One row's key and value of one KV head, at addresses, go to their page; returns a kernel status."""
     position, head_dim = int32_at(op.positions)[row], op.head_dim
@@ -123,7 +133,7 @@ def store_operation(member, where):
             row, head = task // heads, task % heads
             if head < op.heads:
                 status |= _norm_and_rotate(op, row, op.q + 4 * (row * op.q_stride + head * op.head_dim), op.q_norm)
-            else:
+            elif not _elsewhere(op, row):
                 head -= op.heads
                 k = op.k + 4 * (row * op.k_stride + head * op.head_dim)
                 v = op.v + 4 * (row * op.v_stride + head * op.head_dim)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_kv_cache, add_layout, add_sizes, grid_shape
+from llama_hpc.cli.options import add_context, add_kv_cache, add_layout, add_sizes, grid_shape
 
 USUAL_LENGTH = 2048             # tokens of a sequence for which cache is shown, unless --max-seq-len says another number
 
@@ -17,6 +17,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     layout = add_layout(parser, needs_model=False)
     add_sizes(layout)
     add_kv_cache(layout)
+    add_context(layout)
     return parser
 
 
@@ -55,17 +56,18 @@ def _show_model(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | 
     config, weights = checkpoint.config, weights_format(checkpoint, args.weights)
     check_max_seq_len(args.max_seq_len, config)
     length = args.max_seq_len or min(config.context_length, USUAL_LENGTH)
+    if shape is None and len(hosts) == 1:
+        shape = GridShape(1, 1, args.context_parallel)
     if shape is not None:
-        check_grid(config, shape)
+        check_grid(config, shape, args.context_parallel)
     for name, value in _model_facts(checkpoint, weights):
         print(f"{name:<20}{value}", flush=True)
-    if shape is None and len(hosts) > 1:
+    if shape is None:
         # Hosts may differ in ranks; this one stands for all.
         here = sum(host == hosts[0] for host in hosts)
         shape = auto_grid(config, weights, len(hosts), here, available_memory() // here, len(hosts) * args.max_seqs,
-                          args.max_seqs, length, kv_cache=args.kv_cache)
-    shape = shape or GridShape(1, 1, 1)
-    ranks = rank_shares(config, weights, shape, args.max_seqs * length, args.kv_cache)
+                          args.max_seqs, length, kv_cache=args.kv_cache, context=args.context_parallel)
+    ranks = rank_shares(config, weights, shape, args.max_seqs * length, args.kv_cache, args.context_parallel)
     print(f"\ngrid {shape} (replicas x stages x tensor ranks), {args.max_seqs} sequences of {length} tokens a replica:\n")
     # A run orders its ranks by node, nodes by their first rank.
     names = [host for host, _ in hosts]

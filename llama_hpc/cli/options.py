@@ -130,6 +130,13 @@ def add_reduce(layout) -> None:
                              "(default: shared memory inside of a node, MPI between nodes)")
 
 
+def add_context(layout) -> None:
+    """How many tensor ranks deal out the cache."""
+    layout.add_argument("--context-parallel", type=whole(1), default=1, metavar="C",
+                        help="tensor ranks that share the KV heads of all of them and deal out the positions, so that each keeps "
+                             "one of C of a long prompt; divides the tensor ranks (default: %(default)s)")
+
+
 def grid_shape(args: argparse.Namespace, ranks: int | None):
     """The grid that the options ask for, or None for auto; it must fill ``ranks`` ranks (None: any). Raises UsageError."""
     from llama_hpc.errors import UsageError

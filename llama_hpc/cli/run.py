@@ -3,6 +3,7 @@
 import argparse
 
 from llama_hpc.cli.options import (
+    add_context,
     add_durability,
     add_kv_cache,
     add_layout,
@@ -24,6 +25,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add_sizes(layout)
     add_kv_cache(layout)
     add_reduce(layout)
+    add_context(layout)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL, text (one prompt a line) or HDF5")
     add_output(parser)
     add_durability(parser)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_kv_cache, add_layout, add_output, add_reduce, add_threads, whole
+from llama_hpc.cli.options import add_context, add_kv_cache, add_layout, add_output, add_reduce, add_threads, whole
 from llama_hpc.cli.start import start
 
 
@@ -16,6 +16,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     layout = add_layout(parser)
     add_kv_cache(layout)
     add_reduce(layout)
+    add_context(layout)
     parser.add_argument("--texts", required=True, metavar="FILE",
                         help="JSONL (objects with text or token_ids, and perhaps id), text (one document) or HDF5")
     add_output(parser)

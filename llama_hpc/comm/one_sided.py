@@ -51,7 +51,7 @@ class OneSidedReducer(TensorReducer):
 
     def bring_together(self, steps, region: PutRegion, kind: int, count: np.ndarray) -> None:
         place = self.comm.rank * region.own.nbytes
-        steps.call(lambda part: self._put(region.window, part, place), region.own, count)
+        steps.call(lambda part: self._put(region.window, part, place), region.own, count, self)
 
     def _put(self, window: MPI.Win, part: np.ndarray, place: int) -> None:
         """Everybody's slot of this rank gets ``part``; returns when all slots of this rank are filled."""

@@ -44,7 +44,7 @@ class TensorReducer:
 
     def bring_together(self, steps, region: Region, kind: int, count: np.ndarray) -> None:
         """Appends to a model's ``Steps`` what has to happen before ``region.parts`` can be joined by operations."""
-        steps.call(self.function(kind), region.own, count)
+        steps.call(self.function(kind), region.own, count, self)
 
     def function(self, kind: int):
         """What joins an array in place."""

@@ -123,8 +123,8 @@ class CombinedReducer(TensorReducer):
     def bring_together(self, steps, region: NodeRegion, kind: int, count: np.ndarray) -> None:
         steps.meet(self._meeting)
         if self._leads:
-            steps.add_join(region.own_node, SUM if kind == FINISH else kind, count, region.whole)
-            steps.call(self._between.function(kind), region.whole, count)
+            steps.add_join(region.own_node, SUM if kind == FINISH else kind, count, region.whole, reducer=self)
+            steps.call(self._between.function(kind), region.whole, count, self)
         steps.meet(self._meeting)
 
     def free(self) -> None:

@@ -13,7 +13,7 @@ from llama_hpc.engine.replica import BatchPlan, Replica
 from llama_hpc.engine.sampling_params import is_integer
 from llama_hpc.engine.scheduler import StepLimits
 from llama_hpc.errors import UsageError
-from llama_hpc.model.kv_cache import pages_of
+from llama_hpc.model.kv_cache import pages_in_a_part
 from llama_hpc.model.transformer import TransformerStage
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.runtime.stopping import Stop
@@ -44,18 +44,19 @@ def plan_batches(job: ModelJob, ready: list[ReadyRequest], batching: Batching, t
 
     Raises UsageError, on every rank, where the cache cannot hold a request.
     """
-    config, shape = job.checkpoint.config, job.grid.shape
+    config, shape, parts = job.checkpoint.config, job.grid.shape, job.settings.context_parallel
     most = max(r.params.n for r in ready)       # of which one replica answers all
     at_once = min(batching.max_seqs, max(most, -(-sum(r.params.n for r in ready) // shape.data)))
     pages, in_q8 = job.pages(batching.kv_memory)
     with agreed(job.comm, "planning the KV cache"):
-        check_pages(pages, in_q8, ready, batching.kv_memory is not None)
+        check_pages(pages, in_q8, ready, batching.kv_memory is not None, parts)
     budget = min(batching.token_budget, at_once * longest(ready))
     pipeline = PipelineConfig.for_model(config.num_layers, config.hidden_size, stages=shape.pipeline)
     depth = batching.micro_batches or pipeline.micro_batches
     prefill = batching.prefill_micro_batch or (budget if depth == 1 else pipeline.prefill_micro_batch)
     return BatchPlan(at_once, depth, StepLimits(budget, min(prefill, budget), batching.decode_micro_batch or 0),
-                     min(pages, at_once * pages_of(longest(ready))), batching.prefix_sharing, batching.adapt, targets)
+                     min(pages, at_once * parts * pages_in_a_part(longest(ready), parts)), batching.prefix_sharing,
+                     batching.adapt, targets)
 
 
 def sizes_for(plan: BatchPlan, ready: list[ReadyRequest]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
 from llama_hpc.kernels.numerics import PAGE
 from llama_hpc.model.config import ModelConfig
-from llama_hpc.model.kv_cache import pages_of
+from llama_hpc.model.kv_cache import longest_text, pages_in_a_part
 from llama_hpc.model.shares import StageShare, TensorShare, stage_shares
 from llama_hpc.model.sizes import cache_bytes, weight_bytes
 
@@ -29,24 +29,28 @@ class RankShare:
     cache: int
 
 
-def rank_shares(config: ModelConfig, weights_format: str, shape: GridShape, cache_positions: int, kv_cache: str = "auto"
-                ) -> list[RankShare]:
+def rank_shares(config: ModelConfig, weights_format: str, shape: GridShape, cache_positions: int, kv_cache: str = "auto",
+                context: int = 1) -> list[RankShare]:
     """Every rank of the grid, in rank order; ``cache_positions``: positions of all sequences of a replica together.
 
-    ``kv_cache``, here and below: the cache's format, as in ``sizes.cache_bytes``.
+    Here and below ``kv_cache`` is the cache's format, as in ``sizes.cache_bytes``, and ``context`` how many tensor ranks deal out
+    its positions.
     """
     stages = stage_shares(config, shape.pipeline)
+    if context > 1:
+        cache_positions = pages_in_a_part(cache_positions, context) * PAGE
     replica = []
     for index, stage in enumerate(stages):
         for tensor in range(shape.tensor):
-            share = TensorShare.of(config, shape.tensor, tensor)
+            share = TensorShare.of(config, shape.tensor, tensor, context)
             replica.append((stage, index, tensor, share, weight_bytes(config, weights_format, stage, share),
                             cache_positions * cache_bytes(config, weights_format, stage, share, kv_cache)))
     return [RankShare(data, *rank) for data in range(shape.data) for rank in replica]
 
 
 def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_node: int, memory_per_rank: int, requests: int,
-              max_seqs: int, max_seq_len: int, usual_len: int | None = None, kv_cache: str = "auto") -> GridShape:
+              max_seqs: int, max_seq_len: int, usual_len: int | None = None, kv_cache: str = "auto",
+              context: int = 1) -> GridShape:
     """As many replicas as memory allows, each of the fewest ranks that hold the model and its cache.
 
     The cache is to hold a sequence of ``max_seq_len`` positions, and all that run at a time if they take ``usual_len`` each.
@@ -59,15 +63,18 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
     for size in (n for n in range(1, ranks + 1) if ranks % n == 0):
         sequences = min(max_seqs, -(-requests // (ranks // size)))
         fitting = [GridShape(ranks // size, size // t, t) for t in range(1, size + 1)
-                   if size % t == 0 and t <= config.num_heads and size // t <= config.num_layers
+                   if size % t == 0 and t % context == 0 and t <= config.num_heads and size // t <= config.num_layers
                    and (ranks_per_node % t == 0 or ranks <= ranks_per_node)]
         for shape in reversed(fitting):
             positions = max(max_seq_len, sequences * (usual_len or max_seq_len))
-            need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, positions, kv_cache)
+            need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, positions, kv_cache, context)
                        if r.data == 0)
             if need <= budget:
                 return shape
             needs.append((need, shape))
+    if not needs:
+        raise UsageError(f"no grid of {ranks} ranks has tensor ranks in groups of --context-parallel {context}: use a number "
+                         f"that divides the ranks, {config.num_heads} at most, or another number of ranks")
     least, shape = min(needs, key=lambda tried: tried[0])
     cache = "" if kv_cache == "q8" else "--kv-cache q8, "
     raise UsageError(
@@ -85,13 +92,13 @@ def cache_pages(config: ModelConfig, weights_format: str, stage: StageShare, sha
     return max(0, room) // (PAGE * cache_bytes(config, weights_format, stage, share, kv_cache))
 
 
-def check_pages(pages: int, pages_in_q8: int, ready: list[ReadyRequest], chosen: bool) -> None:
-    """Raises UsageError for a cache of ``pages`` that cannot hold one of the requests alone. ``pages_in_q8``: how many the same
-    memory holds with --kv-cache q8; ``chosen``: by --kv-memory."""
+def check_pages(pages: int, pages_in_q8: int, ready: list[ReadyRequest], chosen: bool, parts: int = 1) -> None:
+    """Raises UsageError for a cache of ``pages``, in so many parts, that cannot hold one of the requests alone. ``pages_in_q8``:
+    how many the same memory holds with --kv-cache q8; ``chosen``: by --kv-memory."""
     longest = max(ready, key=lambda request: len(request.prompt) + request.limit)
     need = len(longest.prompt) + longest.limit
-    if pages < pages_of(need):
+    if (most := longest_text(pages, parts)) < need:
         what = "raise --kv-memory" if chosen else "use more ranks in a replica or a smaller --weights format"
-        what += ", give --kv-cache q8" if pages_in_q8 >= pages_of(need) else ""
-        raise UsageError(f"the KV cache holds {pages * PAGE} tokens, but request {shown(longest.id)} needs {need} (a prompt of "
+        what += ", give --kv-cache q8" if longest_text(pages_in_q8, parts) >= need else ""
+        raise UsageError(f"the KV cache holds {most} tokens, but request {shown(longest.id)} needs {need} (a prompt of "
                          f"{len(longest.prompt)} and up to {longest.limit} more): {what}, or lower --max-tokens or --max-seq-len")

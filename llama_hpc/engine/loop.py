@@ -28,7 +28,7 @@ class StepLoop:
         self.pipeline, self.under_way = PipelineStage(stage, self.channel), PipelineState(grid.shape.pipeline, depth)
         self.outcomes = Outcomes(grid.replica, grid.leader_rank, depth, max_seqs)
         self.gather = LogitsGather(grid.tensor_comm, stage) if grid.last_stage else None
-        self.recorder = Recorder(origin, stage.reducer.nanoseconds)
+        self.recorder = Recorder(origin, stage.joining)
         self._steps = self._tokens = 0
 
     def plan(self) -> tuple[Batch, Any]:
@@ -76,10 +76,10 @@ class StepLoop:
 
     def work(self) -> dict[str, int | float | str]:
         """What this rank has done: counts of steps and tokens run; pages, and the most of them that were held at a time; bytes
-        sent to the next stage; what ``TensorReducer.work`` tells."""
+        sent to the next stage; what ``TransformerStage.work`` tells."""
         return {"steps": self._steps, "sequence_parallel_steps": self.stage.spread_steps, "tokens": self._tokens,
                 "pages": self.pool.count, "pages_used": self.pool.most_used, "bytes_sent": self.channel.bytes_sent,
-                **self.stage.reducer.work()}
+                **self.stage.work()}
 
     def _oldest(self) -> int:
         """The oldest step under way, taken off when it has passed all stages."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # What a rank does in a step, in this order. ``outcome``: waits for the leader's decisions; ``receive`` and ``send``: activations;
-# ``compute``: kernels, without ``reduce``: joins over the tensor group, in the midst of computing; ``gather``: logits and faults;
+# ``compute``: kernels, without ``reduce``: joins with tensor ranks, in the midst of computing; ``gather``: logits and faults;
 # ``decide``: samples, on the leader; ``idle``: nothing to do before the next request arrives.
 PHASES = ("outcome", "schedule", "receive", "compute", "send", "gather", "decide", "idle", "reduce")
 WAITING = ("outcome", "receive")        # a stage with nothing to do: the bubble of the pipeline
@@ -45,9 +45,10 @@ class RankMetrics:
 
 
 class Recorder:
-    """A stopwatch for the phases of steps. ``origin``: time.monotonic() of second 0."""
+    """A stopwatch for the phases of steps. ``origin``: time.monotonic() of second 0; ``reduce_nanoseconds``: spent in joins so
+    far, an int64 [1] of each kind of them."""
 
-    def __init__(self, origin: float, reduce_nanoseconds: np.ndarray):
+    def __init__(self, origin: float, reduce_nanoseconds: Sequence[np.ndarray]):
         self._origin = int(origin * 1e9)
         self._reduced, self._reduced_before = reduce_nanoseconds, 0
         # Integers of Python, nanoseconds: adding to one in an array takes three times as long.
@@ -74,7 +75,7 @@ class Recorder:
 
     def end(self, counts: Sequence[int]) -> None:
         """The step is over; ``counts`` as in COUNTS."""
-        laps, reduced = self._laps, int(self._reduced[0])
+        laps, reduced = self._laps, sum(int(spent[0]) for spent in self._reduced)
         laps[_NUMBER["reduce"]] = reduced - self._reduced_before
         laps[_NUMBER["compute"]] -= reduced - self._reduced_before
         self._reduced_before = reduced

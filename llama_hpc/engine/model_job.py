@@ -20,6 +20,7 @@ from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.workers import Pool
+from llama_hpc.model.context import shared_bytes
 from llama_hpc.model.kv_cache import cache_format
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
@@ -42,7 +43,8 @@ class ModelSettings:
     """Which model, and how it is laid out: ``weights`` is a format or None for the default, ``threads`` those of each rank,
     ``shape`` the grid or None for the one that suits, ``reduce`` how tensor ranks add up (see ``comm.choose``),
     ``sequence_parallel`` from how many tokens of a step on they also deal out rows (0: never), ``kv_cache`` the cache's format
-    (see ``model.kv_cache``); ``show``: whether the first rank tells how far long steps have come."""
+    (see ``model.kv_cache``); ``show``: whether the first rank tells how far long steps have come; ``context_parallel``: so many
+    tensor ranks deal out the positions of the cache."""
 
     model: str
     weights: str | None
@@ -52,6 +54,7 @@ class ModelSettings:
     sequence_parallel: int = 2048
     kv_cache: str = "auto"
     show: bool = True
+    context_parallel: int = 1
 
 
 class ModelJob:
@@ -95,19 +98,21 @@ class ModelJob:
         per_node = self.comm.allreduce(self.node.size, MPI.MIN)
         with agreed(self.comm, "choosing the grid"):
             shape = self.settings.shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes,
-                                                     kv_cache=self.kv_cache)
-            check_grid(config, shape)
+                                                     kv_cache=self.kv_cache, context=self.settings.context_parallel)
+            check_grid(config, shape, self.settings.context_parallel)
         self.grid = Grid.create(self.comm, shape)
         self.part = stage_shares(config, shape.pipeline)[self.grid.stage]
-        self.share = TensorShare.of(config, shape.tensor, self.grid.tensor_index)
+        context = self.settings.context_parallel
+        self.share = TensorShare.of(config, shape.tensor, self.grid.tensor_index, context)
+        self.context_comm = self.grid.tensor_comm.Split(self.grid.tensor_index // context, self.grid.tensor_index)
         return self.grid
 
     def pages(self, kv_memory: int | None = None) -> tuple[int, int]:
-        """Pages of the KV cache that the rank of least room can hold, and how many with --kv-cache q8; with ``kv_memory`` bytes
-        of each rank, if given."""
+        """Pages of a KV cache all of whose parts are such as the rank of least room can hold, and how many with --kv-cache q8;
+        with ``kv_memory`` bytes of each rank, if given."""
         whose = self.checkpoint.config, self.weights, self.part, self.share, self.memory, kv_memory
         own, in_q8 = (self.comm.allreduce(cache_pages(*whose, kind), MPI.MIN) for kind in (self.kv_cache, "q8"))
-        return own, in_q8
+        return own * self.share.context, in_q8 * self.share.context
 
     def announce(self, plan: str) -> None:
         """Tells what the job is about to do, and how; ``plan`` ends the line about the grid."""
@@ -124,18 +129,17 @@ class ModelJob:
     def compile(self) -> None:
         """Compiles the kernels, or loads them from the node's cache."""
         start = time.monotonic()
-        once_per_node(self.node, lambda: warm_up(self.weights, self.pool, MPI.COMM_SELF, self.kv_cache))
+        once_per_node(self.node, lambda: warm_up(self.weights, self.pool, MPI.COMM_SELF, self.kv_cache,
+                                                 self.settings.context_parallel > 1))
         # Not before: the threads that quantise, now started, would inherit the one place of this thread.
         self.pool.bind(self.places)
         if self.first and time.monotonic() - start > 2:
             _LOG.info("kernels ready after %.1f s", time.monotonic() - start)
 
-    def _reducer(self, max_rows: int) -> TensorReducer:
-        """Joins over the tensor group, in shared memory where --reduce and the places of the ranks allow."""
+    def _reducer(self, comm: MPI.Comm, window_bytes: int) -> TensorReducer:
+        """Joins over the tensor or the context group, in shared memory where --reduce and the places of the ranks allow."""
         with agreed(self.comm, "preparing the reductions"):
-            # Shared windows hold two regions of int64 sums and one of float32 rows.
-            return tensor_reducer(self.grid.tensor_comm, self.settings.reduce, self.node.size * self.threads > node_cores(),
-                                  max_rows * self.checkpoint.config.hidden_size * (2 * 8 + 4))
+            return tensor_reducer(comm, self.settings.reduce, self.node.size * self.threads > node_cores(), window_bytes)
 
     def load(self, hashes: dict[str, str] | None = None) -> StageWeights:
         """This rank's weights. ``hashes`` receives those of tensors."""
@@ -149,14 +153,18 @@ class ModelJob:
         return weights
 
     def make_stage(self, weights: StageWeights, **sizes: int) -> TransformerStage:
-        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.reducer.free`` gives memory back."""
+        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.free`` gives memory back."""
         whose = self.checkpoint.config, self.part, self.share, weights
         # Before anything that ranks make together, in which the others would wait for one that failed.
         with agreed(self.comm, "making the KV cache"):
             cache = make_cache(*whose, sizes["sequences"], sizes["max_seq_len"], sizes.get("pages"), self.kv_cache)
-        reducer = self._reducer(sizes["max_rows"])
+        config, rows = self.checkpoint.config, sizes["max_rows"]
+        # Shared windows hold two regions of int64 sums and one of float32 rows.
+        reducer = self._reducer(self.grid.tensor_comm, rows * config.hidden_size * (2 * 8 + 4))
+        context = self._reducer(self.context_comm, rows * shared_bytes(config.head_dim, self.share))
         with agreed(self.comm, "making the buffers"):
-            return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=self.settings.sequence_parallel, cache=cache)
+            return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=self.settings.sequence_parallel, cache=cache,
+                                    context=context)
 
     def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]
              ) -> tuple[Any, float, int]:
@@ -186,9 +194,9 @@ class ModelJob:
         option said so."""
         own = {"host": hostname(), "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
                "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(),
-               **stage.reducer.work()}
+               **stage.work()}
         ranks = self.comm.gather(own | work)
-        stage.reducer.free()
+        stage.free()
         if not self.first:
             return
         shape = self.grid.shape

@@ -7,26 +7,29 @@ import numpy as np
 from llama_hpc.engine.documents import ReadyDocument, Window
 from llama_hpc.engine.pages import PagePool
 from llama_hpc.kernels.numerics import PAGE
-from llama_hpc.model.kv_cache import pages_of
+from llama_hpc.model.kv_cache import pages_in_a_part, pages_of
 from llama_hpc.model.transformer import Batch
 
 MOST_WINDOWS = 256              # in a step
 
 
-def pages_needed(budget: int, longest: int) -> int:
-    """Pages of the cache for steps of ``budget`` rows, of windows of up to ``longest`` rows: one may have begun before the step,
-    and of each of the others a page is not full."""
-    return pages_of(longest) + pages_of(budget) + MOST_WINDOWS
+def pages_needed(budget: int, longest: int, parts: int = 1) -> int:
+    """Pages of a cache of ``parts`` parts for steps of ``budget`` rows, of windows of up to ``longest`` rows: one may have begun
+    before the step, and of each of the others a page is not full; these may all lie in one part."""
+    return parts * (pages_in_a_part(longest, parts) + pages_of(budget) + MOST_WINDOWS)
 
 
 class Packer:
     """Fills steps of up to ``budget`` rows with admitted windows, one after the other; a long one goes on in the next step.
 
     ``table`` int32 [MOST_WINDOWS, pages of a window] is the cache's page table: a window's place in it is its place in the step.
+    ``first_parts`` int32 [MOST_WINDOWS]: see ``KVCache``.
     """
 
-    def __init__(self, documents: list[ReadyDocument], windows: list[Window], budget: int, pool: PagePool, table: np.ndarray):
+    def __init__(self, documents: list[ReadyDocument], windows: list[Window], budget: int, pool: PagePool, table: np.ndarray,
+                 first_parts: np.ndarray | None = None):
         self.documents, self.windows, self.budget, self.pool, self.table = documents, windows, budget, pool, table
+        self._first_parts = np.zeros(MOST_WINDOWS, np.int32) if first_parts is None else first_parts
         self._waiting: deque[int] = deque()
         self._done = 0                      # rows of the first one that have run
         self._pages: list[int] = []         # which it has
@@ -77,6 +80,9 @@ class Packer:
 
     def _hold(self, place: int, rows: int) -> None:
         """Pages for the first ``rows`` rows of a window."""
+        pool = self.pool
+        first_part = self._pages[0] % pool.parts if self._pages else pool.first_part(self._tokens[:0])
         while len(self._pages) * PAGE < rows:
-            self._pages.append(self.pool.take())
-        self.table[place, : len(self._pages)] = self._pages
+            self._pages.append(pool.take(pool.part_of(first_part, len(self._pages))))
+        self._first_parts[place] = first_part
+        self.table[place, : len(self._pages)] = [page // pool.parts for page in self._pages]

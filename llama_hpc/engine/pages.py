@@ -11,19 +11,25 @@ from collections import OrderedDict
 import numpy as np
 
 from llama_hpc.kernels.numerics import PAGE
+from llama_hpc.model.kv_cache import BLOCK_PAGES
 
 ROOT = 0                        # the name of what lies before the first page
 
 
 class PagePool:
-    """``count`` pages. ``sharing`` False: every sequence computes its own."""
+    """``count`` pages. ``sharing`` False: every sequence computes its own.
 
-    def __init__(self, count: int, sharing: bool = True):
-        self.count, self.sharing = count, sharing
+    ``parts``: of the cache, see ``kv_cache``; ``count`` is a multiple of it. In which one a sequence's pages lie follows from the
+    part of its first block.
+    """
+
+    def __init__(self, count: int, sharing: bool = True, parts: int = 1):
+        self.count, self.sharing, self.parts = count, sharing, parts
         self.shared_tokens = 0          # tokens that were found and not computed
         self.most_used = 0
-        self._free = list(range(count - 1, -1, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()      # held by nobody, but with known content; oldest first
+        self._free = [list(range(count - parts + part, -1, -parts)) for part in range(parts)]
+        # Held by nobody, but with known content; oldest first.
+        self._kept: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(parts)]
         self._holders = [0] * count
         self._key: list[tuple[int, bytes] | None] = [None] * count
         self._stored: dict[tuple[int, bytes], tuple[int, int]] = {}     # (name before it, tokens): (page, its name)
@@ -32,7 +38,23 @@ class PagePool:
     @property
     def available(self) -> int:
         """Pages that ``take`` can still give."""
-        return len(self._free) + len(self._kept)
+        return sum(self.room())
+
+    def room(self) -> list[int]:
+        """Pages that ``take`` can still give of each part."""
+        return [len(free) + len(kept) for free, kept in zip(self._free, self._kept, strict=True)]
+
+    def first_part(self, tokens: np.ndarray) -> int:
+        """The part for the first block of a sequence of these tokens: where its beginning is stored, else that of most room."""
+        stored = self._stored.get((ROOT, tokens[:PAGE].tobytes())) if len(tokens) > PAGE else None
+        if stored is not None:
+            return stored[0] % self.parts
+        room = self.room()
+        return room.index(max(room))
+
+    def part_of(self, first_part: int, number: int) -> int:
+        """The part for a sequence's page of this number, if its first block lies in ``first_part``."""
+        return (first_part + number // BLOCK_PAGES) % self.parts
 
     @property
     def used(self) -> int:
@@ -48,7 +70,8 @@ class PagePool:
         if self.sharing:
             for first in range(0, len(tokens) - PAGE, PAGE):
                 found = self._stored.get((name, tokens[first : first + PAGE].tobytes()))
-                if found is None:
+                # Two sequences that computed the same at the same time may have begun in different parts.
+                if found is None or (pages and found[0] % self.parts != self.part_of(pages[0] % self.parts, len(pages))):
                     break
                 page, name = found
                 self._hold(page)
@@ -56,12 +79,12 @@ class PagePool:
             self.shared_tokens += len(pages) * PAGE
         return pages, name
 
-    def take(self) -> int | None:
-        """A page to write to, or None."""
-        if self._free:
-            page = self._free.pop()
-        elif self._kept:
-            page = self._kept.popitem(last=False)[0]
+    def take(self, part: int = 0) -> int | None:
+        """A page of a part to write to, or None."""
+        if self._free[part]:
+            page = self._free[part].pop()
+        elif self._kept[part]:
+            page = self._kept[part].popitem(last=False)[0]
             del self._stored[self._key[page]]
             self._key[page] = None
         else:
@@ -86,11 +109,11 @@ class PagePool:
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 if self._key[page] is None:
-                    self._free.append(page)
+                    self._free[page % self.parts].append(page)
                 else:
-                    self._kept[page] = None
+                    self._kept[page % self.parts][page] = None
 
     def _hold(self, page: int) -> None:
-        self._kept.pop(page, None)
+        self._kept[page % self.parts].pop(page, None)
         self._holders[page] += 1
         self.most_used = max(self.most_used, self.used)

@@ -48,11 +48,12 @@ class Replica(StepLoop):
     def __init__(self, grid: Grid, stage: TransformerStage, requests: list[ReadyRequest], plan: BatchPlan, queue: RequestQueue,
                  counters: SharedCounters, eos_ids: frozenset[int], decode, origin: float, tick=None,
                  keep=None, done: frozenset[tuple[int, int]] = frozenset(), stop: Stop | None = None):
-        super().__init__(grid, stage, PagePool(plan.pages, plan.sharing), plan.depth, plan.limits.token_budget, plan.max_seqs,
-                         origin, tick)
+        super().__init__(grid, stage, PagePool(plan.pages, plan.sharing, stage.cache.parts), plan.depth, plan.limits.token_budget,
+                         plan.max_seqs, origin, tick)
         self.requests, self.queue, self.counters, self.eos_ids, self.decode = requests, queue, counters, eos_ids, decode
         self.limits, self.max_seqs = plan.limits, plan.max_seqs
-        self.scheduler = Scheduler(plan.limits, plan.max_seqs, self.pool, stage.cache.pages, plan.depth, self._sequences)
+        self.scheduler = Scheduler(plan.limits, plan.max_seqs, self.pool, stage.cache.pages, plan.depth, self._sequences,
+                                   stage.cache.first_parts)
         self.answers: dict[tuple[int, int], Answer] = {}        # by request and sample
         self._samples_left: dict[int, int] = {}                 # of each request that is being answered
         self.outputs: list[Output] = []

@@ -13,7 +13,7 @@ import numpy as np
 from llama_hpc.comm.outcomes import Outcome
 from llama_hpc.engine.pages import ROOT, PagePool
 from llama_hpc.kernels.numerics import PAGE
-from llama_hpc.model.kv_cache import pages_of
+from llama_hpc.model.kv_cache import pages_by_part, pages_of
 from llama_hpc.model.transformer import Batch
 
 
@@ -42,6 +42,7 @@ class Sequence:
         self.waits = False              # for a token of a step under way
         self.slot = -1                  # row of the page table; -1 while it does not run
         self.pages: list[int] = []
+        self.first_part = 0             # of the cache, where its first block lies
         self.last_step = -1
         self.setbacks = 0
         self._name, self._stored = ROOT, 0
@@ -53,8 +54,9 @@ class Sequence:
 
     def start(self, slot: int, pool: PagePool) -> None:
         """Takes a slot, and what the cache has of its tokens already."""
-        self.slot = slot
-        self.pages, self._name = pool.find(self.tokens[: self.known])
+        known = self.tokens[: self.known]
+        self.slot, self.first_part = slot, pool.first_part(known)
+        self.pages, self._name = pool.find(known)
         self._stored = len(self.pages)
         self.cached = self._stored * PAGE
 
@@ -62,6 +64,10 @@ class Sequence:
         """Lets go of slot and pages: the answer has ended, or starts over later."""
         pool.release(self.pages)
         self.slot, self.pages, self.cached = -1, [], 0
+
+    def needs(self, parts: int, first_part: int) -> list[int]:
+        """Pages of each part of the cache that it has to take for its known tokens and the next one."""
+        return pages_by_part(len(self.pages), pages_of(self.known + 1), parts, first_part)
 
     def advance(self, count: int, pool: PagePool) -> None:
         """The next ``count`` tokens run: pages that become full can be shared from now on."""
@@ -82,14 +88,17 @@ class Sequence:
 class Scheduler:
     """Plans steps for up to ``max_seqs`` sequences whose pages come from ``pool``, ``depth`` of them under way at once.
 
-    ``table`` int32 [max_seqs, pages of a sequence] is the cache's page table.
+    ``table`` int32 [max_seqs, pages of a sequence] is the cache's page table, ``first_parts`` int32 [max_seqs] the part of each
+    sequence's first block (both: see ``KVCache``).
 
     ``sequences(request)`` makes the sequences of an admitted request. Every rank of a replica calls ``plan`` and ``apply`` in the
     same order with the same outcomes, and so has the same plans.
     """
 
-    def __init__(self, limits: StepLimits, max_seqs: int, pool: PagePool, table: np.ndarray, depth: int, sequences):
+    def __init__(self, limits: StepLimits, max_seqs: int, pool: PagePool, table: np.ndarray, depth: int, sequences,
+                 first_parts: np.ndarray | None = None):
         self.limits, self.pool, self.table, self.depth, self._sequences = limits, pool, table, depth, sequences
+        self._first_parts = np.zeros(max_seqs, np.int32) if first_parts is None else first_parts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []       # in the order of their admission
         self.setbacks = 0
@@ -158,14 +167,21 @@ class Scheduler:
         """New sequences, in turn, while there is a slot, and room for known tokens and the next one of each that then runs."""
         while self.waiting and self._slots and (left := self._left()) > 0:
             sequence = self.waiting[0]
-            needed = sum(max(0, pages_of(s.known + 1) - len(s.pages)) for s in (sequence, *self.running))
-            if sequence.waits or (self.running and self.pool.available < needed):
+            if sequence.waits or (self.running and not self._has_room_beside(sequence)):
                 return
             self.waiting.popleft()
             sequence.start(self._slots.pop(), self.pool)
-            self.table[sequence.slot, : len(sequence.pages)] = sequence.pages
+            self._first_parts[sequence.slot] = sequence.first_part
+            self.table[sequence.slot, : len(sequence.pages)] = [page // self.pool.parts for page in sequence.pages]
             self.running.append(sequence)
             self._chunk(sequence, left, chosen)
+
+    def _has_room_beside(self, sequence: Sequence) -> bool:
+        """Whether every part of the cache has what running sequences and this one, which is about to start, need."""
+        parts = self.pool.parts
+        first = self.pool.first_part(sequence.tokens[: sequence.known])
+        needs = [sequence.needs(parts, first), *(s.needs(parts, s.first_part) for s in self.running)]
+        return all(sum(of_part) <= room for *of_part, room in zip(*needs, self.pool.room(), strict=True))
 
     def _chunk(self, sequence: Sequence, left: int, chosen: list[Sequence]) -> None:
         """Up to ``left`` tokens of a prompt, if there is room for them."""
@@ -182,9 +198,9 @@ class Scheduler:
         """Pages for the next ``count`` tokens. The youngest sequences that are not part of this step are set back for it, itself
         if there is none younger; False where it cannot take part."""
         while len(sequence.pages) * PAGE < sequence.cached + count:
-            page = self.pool.take()
+            page = self.pool.take(self.pool.part_of(sequence.first_part, len(sequence.pages)))
             if page is not None:
-                self.table[sequence.slot, len(sequence.pages)] = page
+                self.table[sequence.slot, len(sequence.pages)] = page // self.pool.parts
                 sequence.pages.append(page)
                 continue
             victim = next(s for s in reversed(self.running) if s.last_step != self._step)

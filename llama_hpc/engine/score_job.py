@@ -33,7 +33,7 @@ class ScoreJob(ModelJob):
         budget = min(self.args.token_budget, sum(rows))
         # The logits of a step, on a rank that has the whole vocabulary.
         logits = 4 * budget * self.checkpoint.config.vocab_size
-        self.choose_grid(1, 1, pages_needed(budget, max(rows)) * PAGE, reserved=logits)
+        self.choose_grid(1, 1, pages_needed(budget, max(rows), self.settings.context_parallel) * PAGE, reserved=logits)
         plan = plan_scoring(self, windows, budget)
         self.announce(f"windows of {self.window} tokens, one every {self.stride}: {len(windows)} for {len(documents)} documents")
         self.compile()

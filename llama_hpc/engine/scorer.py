@@ -34,9 +34,10 @@ class Scorer(StepLoop):
 
     def __init__(self, grid: Grid, stage: TransformerStage, documents: list[ReadyDocument], windows: list[Window],
                  plan: ScorePlan, queue: RequestQueue, counters: SharedCounters, origin: float, tick=None):
-        super().__init__(grid, stage, PagePool(plan.pages, sharing=False), plan.depth, plan.budget, MOST_WINDOWS, origin, tick)
+        pool = PagePool(plan.pages, sharing=False, parts=stage.cache.parts)
+        super().__init__(grid, stage, pool, plan.depth, plan.budget, MOST_WINDOWS, origin, tick)
         self.windows, self.queue, self.counters = windows, queue, counters
-        self.packer = Packer(documents, windows, plan.budget, self.pool, stage.cache.pages)
+        self.packer = Packer(documents, windows, plan.budget, self.pool, stage.cache.pages, stage.cache.first_parts)
         # By the number of a window, float32 of the tokens that it scores.
         self.logprobs: dict[int, np.ndarray] = {}
         self._most_ahead = plan.depth * plan.budget

@@ -19,7 +19,8 @@ def plan_scoring(job: ModelJob, windows: list[Window], budget: int) -> ScorePlan
 
     Raises UsageError, on every rank, where the cache is too small.
     """
-    plan = ScorePlan(budget, job.grid.shape.pipeline, pages_needed(budget, max(window.rows for window in windows)))
+    longest = max(window.rows for window in windows)
+    plan = ScorePlan(budget, job.grid.shape.pipeline, pages_needed(budget, longest, job.settings.context_parallel))
     available, in_q8 = job.pages()
     with agreed(job.comm, "planning the KV cache"):
         if available < plan.pages:

@@ -91,7 +91,7 @@ class Session(ModelJob):
     def close(self) -> None:
         """Gives back what the model takes; nothing may be called afterwards."""
         if self._stage is not None:
-            self._stage.reducer.free()
+            self._stage.free()
         self._stage = self.held = None
         self.pool.close()
 
@@ -124,7 +124,7 @@ class Session(ModelJob):
         """A stage of these sizes at least: the one of the last call, where it is large enough."""
         if self._stage is None or any(size > self._sizes[name] for name, size in sizes.items()):
             if self._stage is not None:
-                self._stage.reducer.free()
+                self._stage.free()
                 self._stage = None
             self._sizes = {name: max(size, self._sizes.get(name, 0)) for name, size in sizes.items()}
             self._stage = self.make_stage(self.held, **self._sizes)

@@ -63,7 +63,7 @@ class InferenceState:
         """Gives the cache back; the state cannot be used afterwards. Collective."""
         if self._stage is not None:
             self._channel.finish()
-            self._stage.reducer.free()
+            self._stage.free()
             self._stage = None
 
     def _checked(self, token_ids: Sequence[int]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Compiles every kernel that a command needs, on a model of a few weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from mpi4py import MPI
@@ -33,21 +34,30 @@ class _TinyCheckpoint:
         return np.full((len(range(height)[rows or slice(None)]), len(range(width)[columns or slice(None)])), 0.25, np.float32)
 
 
-def warm_up(weights_format: str, pool: Pool, solo, kv_cache: str | None = None) -> None:
+def warm_up(weights_format: str, pool: Pool, solo, kv_cache: str | None = None, context: bool = False) -> None:
     """Compiles, or loads from the disk cache, what a run needs for a weight format and a format of the KV cache.
 
-    ``solo`` is a communicator of one rank; ``kv_cache`` as in TransformerStage.
+    ``solo`` is a communicator of one rank; ``kv_cache`` as in TransformerStage; ``context``: with context parallelism.
     """
     checkpoint, reducer = _TinyCheckpoint(), TensorReducer(solo)
     stage, share = whole(checkpoint.config)
     weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=pool.threads, pool=pool)
-    model = TransformerStage(checkpoint.config, stage, share, weights, reducer, pool, sequences=1, max_seq_len=16, max_rows=9,
-                             max_outputs=1, kv_cache=kv_cache)
+    sizes = {"sequences": 1, "max_seq_len": 16, "max_rows": 9, "max_outputs": 1}
+    if context:
+        # One of two ranks: what it finds is not what the model says, but every kernel has run.
+        half = replace(share, context=2)
+        TransformerStage(checkpoint.config, stage, half, weights, reducer, pool, kv_cache=kv_cache, context=reducer, **sizes
+                         ).forward(_batch())
+    model = TransformerStage(checkpoint.config, stage, share, weights, reducer, pool, kv_cache=kv_cache, **sizes)
     # One rank alone never sums over a tensor group.
     _ = joining.join_operation.address, joining.meet_operation.address
-    ids = np.arange(9, dtype=np.int32)
-    model.forward(Batch(9, ids, np.zeros(9, np.int32), ids, np.array([8])))
+    model.forward(_batch())
     weigh(model.logits[0], np.empty(model.logits.shape[1], np.int64))
+
+
+def _batch() -> Batch:
+    ids = np.arange(9, dtype=np.int32)
+    return Batch(9, ids, np.zeros(9, np.int32), ids, np.array([8]))
 
 
 def warm_up_quantizing(weights_format: str, threads: int) -> None:

@@ -35,13 +35,17 @@ class ParallelAttention:
         pages, threads = b.cache.pages, steps.pool.threads
         shared = {"q": b.q, "q_stride": b.q.shape[1], "pages": pages, "pages_stride": pages.shape[1], "sequences": b.sequences,
                   "positions": b.positions, "kv_heads": b.kv_heads, "head_dim": config.head_dim, **b.cache.pools(self.layer)}
+        placing = {} if b.context is None else b.context.placing()
         norms = ("q_norm", "k_norm") if weights.q_norm is not None else ()
         steps.program.add((self.layer, norms or ("k",)), kv_store.store_operation, kv_store.STORE, ONE_TASK.record(threads),
                           rows=steps.rows, k=b.k, v=b.v, k_stride=b.k.shape[1], v_stride=b.v.shape[1], cosines=b.cosines,
                           sines=b.sines, heads=b.heads, q_norm=weights.q_norm, k_norm=weights.k_norm, eps=b.eps,
-                          half=int(b.cache.dtype == np.uint16), **shared)
-        work = WorkDistribution.for_attention(b.kv_heads, 256, steps.schedule)
-        steps.program.add((self.layer, ("attention",)), _OPERATIONS[b.cache.dtype], kernel.ATTENTION, work.record(threads),
-                          runs=b.runs, run_count=steps.runs, head_starts=b.head_starts, window=config.window(self.layer),
-                          scale=b.scale, target=b.attended.record, scratch=0, keep=(b.attended,), **shared)
+                          half=int(b.cache.dtype == np.uint16), **placing, **shared)
+        if b.context is not None:
+            b.context.add(steps, self.layer, b)
+        else:
+            work = WorkDistribution.for_attention(b.kv_heads, 256, steps.schedule)
+            steps.program.add((self.layer, ("attention",)), _OPERATIONS[b.cache.dtype], kernel.ATTENTION, work.record(threads),
+                              runs=b.runs, run_count=steps.runs, head_starts=b.head_starts, window=config.window(self.layer),
+                              scale=b.scale, target=b.attended.record, scratch=0, keep=(b.attended,), **shared)
         self.o.add(steps, b.attended, b.residual, b.sums[0])

@@ -5,6 +5,7 @@ differ by at most one; each rank holds the KV heads that its query heads use, so
 """
 
 from dataclasses import dataclass
+from math import gcd
 
 from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
@@ -25,25 +26,35 @@ class TensorShare:
 
     ``ffn`` counts intermediate channels (whole reduction blocks of the down projection) and may be empty; ``vocabulary``
     counts rows of the embedding and the output head.
+
+    With context parallelism, ``context`` consecutive ranks form a group that deals out attention blocks: all of them hold the KV
+    heads that ``group_heads``, the query heads of the group, use; the rank is number ``context_index`` of them.
     """
 
     query_heads: range
     kv_heads: range
     ffn: range
     vocabulary: range
+    group_heads: range
+    context: int = 1
+    context_index: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, size: int, index: int) -> "TensorShare":
+    def of(cls, config: ModelConfig, size: int, index: int, context: int = 1) -> "TensorShare":
+        """That of one of ``size`` ranks, in groups of ``context`` (which divides size)."""
         heads = part(config.num_heads, size, index)
+        first = index // context * context
+        group = range(part(config.num_heads, size, first).start, part(config.num_heads, size, first + context - 1).stop)
         per_kv = config.num_heads // config.kv_heads
         block = down_block(config.intermediate_size)
         blocks = part(-(-config.intermediate_size // block), size, index)
         tiles = part(-(-config.vocab_size // VOCABULARY_TILE), size, index)
         return cls(
             query_heads=heads,
-            kv_heads=range(heads.start // per_kv, (heads.stop - 1) // per_kv + 1),
+            kv_heads=range(group.start // per_kv, (group.stop - 1) // per_kv + 1),
             ffn=range(blocks.start * block, min(blocks.stop * block, config.intermediate_size)),
             vocabulary=range(tiles.start * VOCABULARY_TILE, min(tiles.stop * VOCABULARY_TILE, config.vocab_size)),
+            group_heads=group, context=context, context_index=index - first,
         )
 
 
@@ -84,8 +95,11 @@ def stage_shares(config: ModelConfig, stages: int) -> list[StageShare]:
     return [StageShare(range(starts[s], starts[s + 1]), s == 0, s == stages - 1) for s in range(stages)]
 
 
-def check_grid(config: ModelConfig, shape: GridShape) -> None:
+def check_grid(config: ModelConfig, shape: GridShape, context: int = 1) -> None:
     """Raises UsageError when the model cannot be cut this way, naming the dimension and what would fit."""
+    if shape.tensor % context:
+        raise UsageError(f"grid {shape}: --context-parallel is {context}, which does not divide {shape.tensor} tensor ranks; use "
+                         f"--context-parallel {gcd(context, shape.tensor)}, or a multiple of {context} tensor ranks")
     if shape.tensor > config.num_heads:
         raise UsageError(f"grid {shape}: the tensor dimension is {shape.tensor}, but this model has {config.num_heads} query "
                          f"heads; use at most {config.num_heads} tensor ranks")

@@ -28,21 +28,26 @@ class Steps:
         self.rows, self.outputs, self.runs, self.first, self.own = (self.counts[i : i + 1] for i in range(5))
         self.program = Program(pool)
         self._actions: list = [self.program]
-        self._joined: list[tuple[int, int, np.ndarray]] = []    # numbers and bytes of a row, and how many rows
+        self._joined: list[tuple[TensorReducer, int, int, np.ndarray]] = []     # numbers and bytes of a row, how many rows
 
     def join(self, region: Region, kind: int, count: np.ndarray, target: np.ndarray, bias: np.ndarray | None = None,
-             name=(0, ())) -> None:
+             name=(0, ()), reducer: TensorReducer | None = None) -> None:
         """Appends the join of ``region[:count]``, of which operations before it write this rank's part, into ``target``.
 
-        ``kind``: see ``joining``; ``count``: one of the views of ``counts``.
+        ``kind``: see ``joining``; ``count``: one of the views of ``counts``; ``reducer``: that of the region, if another one.
         """
-        self.reducer.bring_together(self, region, kind, count)
-        self._note_join(region.own, count)
+        reducer = reducer or self.reducer
+        self.bring_together(region, kind, count, reducer)
         if region.own is not target:
-            self.add_join(region.parts, kind, count, target, bias, name)
+            self.add_join(region.parts, kind, count, target, bias, name, reducer=reducer)
 
-    def _note_join(self, array: np.ndarray, count: np.ndarray) -> None:
-        self._joined.append((array[:1].size, array[:1].nbytes, count))
+    def bring_together(self, region: Region, kind: int, count: np.ndarray, reducer: TensorReducer) -> None:
+        """Appends the part of a join after which ``region.parts`` are all that is left to join."""
+        reducer.bring_together(self, region, kind, count)
+        self._note_join(region.own, count, reducer)
+
+    def _note_join(self, array: np.ndarray, count: np.ndarray, reducer: TensorReducer | None = None) -> None:
+        self._joined.append((reducer or self.reducer, array[:1].size, array[:1].nbytes, count))
 
     def add_sums(self, region: Region, residual: np.ndarray, bias: np.ndarray | None, name) -> None:
         """Appends what adds the sums of all ranks to the residual, in ``spread`` steps to this rank's own rows."""
@@ -77,21 +82,21 @@ class Steps:
         # The next step may begin by writing to it.
         self.reducer.meet(self)
 
-    def add_join(self, parts: np.ndarray, kind: int, count: np.ndarray, target: np.ndarray, bias=None, name=(0, ()), **more
-                 ) -> None:
+    def add_join(self, parts: np.ndarray, kind: int, count: np.ndarray, target: np.ndarray, bias=None, name=(0, ()),
+                 reducer: TensorReducer | None = None, **more) -> None:
         """Appends the operation that joins parts, given by their addresses."""
         self.program.add(name, joining.join_operation, joining.JOIN, ONE_TASK.record(self.pool.threads), rows=count,
                          columns=target.shape[1], parts=parts, ranks=len(parts), kind=kind, target=target, bias=bias,
-                         spent=self.reducer.nanoseconds, **more)
+                         spent=(reducer or self.reducer).nanoseconds, **more)
 
     def meet(self, meeting: dict[str, int]) -> None:
         """Appends a meeting of processes that share memory."""
         self.program.add((0, ()), joining.meet_operation, joining.MEETING, ONE_TASK.record(self.pool.threads), **meeting)
 
-    def call(self, function, array: np.ndarray, count: np.ndarray) -> None:
+    def call(self, function, array: np.ndarray, count: np.ndarray, reducer: TensorReducer | None = None) -> None:
         """Ends the program here: ``function(array[:count])`` is called, then the next one runs."""
         self.program = Program(self.pool)
-        self._actions += [(function, array, count), self.program]
+        self._actions += [(function, array, count, reducer or self.reducer), self.program]
 
     @property
     def programs(self) -> list[Program]:
@@ -104,14 +109,14 @@ class Steps:
                 if action.names and action.run() >= 0:
                     self._note(action)
             else:
-                function, array, count = action
+                function, array, count, reducer = action
                 start = time.monotonic_ns()
                 function(array[: count[0]])
-                self.reducer.nanoseconds[0] += time.monotonic_ns() - start
-        self.reducer.calls += len(self._joined)
-        for numbers, size, count in self._joined:
-            self.reducer.numbers += numbers * int(count[0])
-            self.reducer.bytes += size * int(count[0])
+                reducer.nanoseconds[0] += time.monotonic_ns() - start
+        for reducer, numbers, size, count in self._joined:
+            reducer.calls += 1
+            reducer.numbers += numbers * int(count[0])
+            reducer.bytes += size * int(count[0])
 
     def _note(self, program: Program) -> None:
         """The first fault of a program: two bits for each of the tensors that an operation is named after."""

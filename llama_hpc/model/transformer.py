@@ -14,6 +14,7 @@ from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
 from llama_hpc.kernels.numerics import BLOCK, down_block
 from llama_hpc.model import rope
 from llama_hpc.model.config import ModelConfig
+from llama_hpc.model.context import NO_CONTEXT, ContextGroup
 from llama_hpc.model.faults import Faults
 from llama_hpc.model.kv_cache import DTYPES, KVCache
 from llama_hpc.model.layer import LayerWeights, ParallelLayer
@@ -68,7 +69,7 @@ class Buffers:
     """Arrays that every layer of a stage writes in turn, allocated once for ``max_rows`` rows; unused rows take no memory."""
 
     def __init__(self, config: ModelConfig, share: TensorShare, quantized: bool, cache: KVCache, reducer: TensorReducer,
-                 max_rows: int, max_outputs: int, max_seq_len: int, spread: bool):
+                 max_rows: int, max_outputs: int, max_seq_len: int, spread: bool, context: TensorReducer | None):
         self.config, self.cache, self.max_rows = config, cache, max_rows
         self.heads, self.kv_heads, ffn = len(share.query_heads), len(share.kv_heads), len(share.ffn)
         def floats(columns: int) -> np.ndarray:
@@ -88,12 +89,13 @@ class Buffers:
         self.tokens, self.sequences, self.positions = (np.zeros(max_rows, np.int32) for _ in range(3))
         self.selected, self.runs = np.zeros(max_outputs, np.int64), np.zeros((max_rows, 2), np.int32)
         per_kv = config.num_heads // config.kv_heads
-        first = share.query_heads.start
+        first, heads = share.group_heads.start, len(share.group_heads)
         # Query heads before the first of KV head j of this rank, which may hold a part of its query heads only.
-        self.head_starts = np.array([min(max(per_kv * j - first, 0), self.heads)
+        self.head_starts = np.array([min(max(per_kv * j - first, 0), heads)
                                      for j in range(share.kv_heads.start, share.kv_heads.stop + 1)], np.int32)
         self.eps = np.array([config.norm_eps])
         self.scale = np.array([1.0 / np.sqrt(np.float64(config.head_dim))]).astype(np.float32)
+        self.context = ContextGroup(config.head_dim, share, cache, context, max_rows) if share.context > 1 else None
 
     def _share_rows(self, reducer: TensorReducer, quantized: bool) -> None:
         """For ranks that share memory: a residual that others can read, and normed rows that all write together."""
@@ -112,6 +114,8 @@ class Buffers:
         runs = attention_kernel.runs_of(self.sequences, self.positions, rows, self.runs)
         own = own_rows(rows, steps.reducer.comm.rank, steps.reducer.size)
         steps.counts[:] = rows, outputs, runs, own.start, len(own)
+        if self.context is not None:
+            self.context.load(self.runs, runs, self.sequences, self.positions)
 
     def add_layer_norm(self, steps: Steps, weight: np.ndarray, name: str, layer: int) -> Activation:
         """Appends the RMS norm of the residual, and returns where it is; in ``spread`` steps each rank adds its own rows."""
@@ -135,18 +139,20 @@ def make_cache(config: ModelConfig, stage: StageShare, share: TensorShare, weigh
                max_seq_len: int, pages: int | None = None, kv_cache: str | None = None) -> KVCache:
     """The KV cache of one rank, see ``KVCache``; ``kv_cache``: of DTYPES, or None for what suits the weights. Not collective."""
     return KVCache(stage.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
-                   DTYPES[kv_cache or weights.kv_cache], pages)
+                   DTYPES[kv_cache or weights.kv_cache], pages, share.context)
 
 
 class TransformerStage:
     """The part of a model that one rank computes. Making one, and ``forward``, are collective over the tensor group.
 
     ``cache``: made already by ``make_cache`` for the same sizes, so that no rank fails here alone for want of memory.
+    ``context``: what joins over the ranks that deal out positions, where the share says that there are several.
     """
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
                  pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
-                 kv_cache: str | None = None, schedule: str = "steal", spread_from: int = 0, cache: KVCache | None = None):
+                 kv_cache: str | None = None, schedule: str = "steal", spread_from: int = 0, cache: KVCache | None = None,
+                 context: TensorReducer | None = None):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.faults = Faults()
         # Rows of a step from which tensor ranks deal them out among themselves.
@@ -154,7 +160,7 @@ class TransformerStage:
         self.spread_steps = 0
         self.cache = cache or make_cache(config, stage, share, weights, sequences, max_seq_len, pages, kv_cache)
         self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len,
-                               self.spread_from <= max_rows)
+                               self.spread_from <= max_rows, context)
         pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))
         self._make_outputs(max_outputs)
         self._embedded = reducer.region(self.residual) if stage.first else None
@@ -186,6 +192,23 @@ class TransformerStage:
         if self.stage.last:
             self._add_head(steps)
         return steps
+
+    def work(self) -> dict[str, str | int | float]:
+        """What was joined, over the tensor group and over the context group."""
+        group = self.buffers.context
+        return self.reducer.work() | (NO_CONTEXT if group is None else group.work())
+
+    @property
+    def joining(self) -> list[np.ndarray]:
+        """Nanoseconds spent in joins, int64 [1]: over the tensor group, and over the context group if there is one."""
+        group = self.buffers.context
+        return [self.reducer.nanoseconds] + ([] if group is None else [group.reducer.nanoseconds])
+
+    def free(self) -> None:
+        """Gives back what ranks share; the stage cannot be used afterwards. Collective over the tensor group."""
+        self.reducer.free()
+        if self.buffers.context is not None:
+            self.buffers.context.reducer.free()
 
     @property
     def residual(self) -> np.ndarray:

@@ -10,6 +10,7 @@ from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
 from llama_hpc.model.config import ModelConfig
+from llama_hpc.model.kv_cache import longest_text, pages_in_a_part
 
 LLAMA = SHAPES["Llama-3-8B"]
 GIB = 1 << 30
@@ -133,3 +134,25 @@ def test_a_grid_is_not_refused_with_what_is_on_already():
         with pytest.raises(UsageError) as caught:
             auto_grid(LLAMA, "q8", 1, 1, 8 * GIB, 1, 1, 1024, kv_cache=kv_cache)
         assert ("--kv-cache q8" in str(caught.value)) == suggested
+def test_ranks_that_deal_out_positions_hold_a_part_of_the_cache():
+    """Llama-3-8B has 8 KV heads: on 16 tensor ranks two hold the same one, unless they share its positions."""
+    shape = GridShape(1, 1, 16)
+    def cache(context):
+        return [r.cache for r in rank_shares(LLAMA, "q8", shape, 4096, context=context)]
+    assert cache(2) == [c // 2 for c in cache(1)] == [4096 // 2 * 32 * 2 * 128 * 2] * 16
+    assert [r.share.kv_heads for r in rank_shares(LLAMA, "q8", shape, 0, context=4)][:5] == [range(2)] * 4 + [range(2, 4)]
+
+
+def test_the_grid_suits_the_groups_that_deal_out_positions():
+    fits = {"memory_per_rank": 64 * GIB, "requests": 8, "max_seqs": 1, "max_seq_len": 1024}
+    def grid(ranks, context):
+        return str(auto_grid(LLAMA, "q8", ranks, ranks, **fits, context=context))
+    assert (grid(8, 1), grid(8, 2), grid(8, 4), grid(6, 3)) == ("8x1x1", "4x1x2", "2x1x4", "2x1x3")
+    with pytest.raises(UsageError, match="no grid of 8 ranks has tensor ranks in groups of --context-parallel 3"):
+        grid(8, 3)
+
+
+@pytest.mark.parametrize(("pages", "parts", "tokens"), [(40, 1, 640), (40, 2, 2 * 256 + 4 * 16), (64, 2, 1024), (30, 2, 240)])
+def test_the_longest_text_that_a_cache_holds(pages, parts, tokens):
+    assert longest_text(pages, parts) == tokens
+    assert pages_in_a_part(tokens, parts) * parts <= pages < pages_in_a_part(tokens + 1, parts) * parts

@@ -35,7 +35,7 @@ def clock(monkeypatch):
 def record(clock, steps, reduce=2.0):
     """A rank whose every step waits 3 ms, plans 1, computes 10 of which ``reduce`` in joins, and samples 1."""
     reduced = np.zeros(1, np.int64)
-    recorder = Recorder(1.0, reduced)
+    recorder = Recorder(1.0, [reduced])
     for step in range(steps):
         recorder.begin()
         clock.spend(recorder, "outcome", 3)

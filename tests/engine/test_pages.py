@@ -99,3 +99,42 @@ def test_pages_hold_what_they_are_found_for(seed):
     for pages, _ in live:
         pool.release(pages)
     assert pool.available == 24 and pool.used == 0
+
+
+def test_parts_give_their_own_pages():
+    pool = PagePool(6, parts=3)
+    assert [pool.take(part) for part in (1, 1, 1, 0)] == [1, 4, None, 0] and pool.room() == [1, 0, 2]
+    assert pool.first_part(text()) == 2 and pool.available == 3
+    pool.release([4, 1])
+    assert pool.room() == [1, 2, 2] and pool.first_part(text()) == 1 and {pool.take(1), pool.take(1)} == {1, 4}
+    # Blocks of 16 pages take turns.
+    assert [pool.part_of(2, number) for number in (0, 15, 16, 47, 48)] == [2, 2, 0, 1, 2]
+
+
+def test_kept_pages_of_another_part_make_no_room():
+    pool = PagePool(4, parts=2)
+    first = pool.take(0)
+    pool.store(first, ROOT, text(1))
+    pool.release([first])
+    assert [pool.take(1), pool.take(1), pool.take(1)] == [1, 3, None]
+    # Where a sequence begins follows from what it shares, before the room.
+    assert [pool.first_part(tokens) for tokens in (text(1, rest=1), text(2, rest=1))] == [0, 0]
+    assert pool.find(text(1, rest=1))[0] == [first]
+    pool.release([first])
+    assert {pool.take(0), pool.take(0)} == {0, 2} and pool.find(text(1, rest=1))[0] == []
+
+
+def test_a_page_that_lies_in_the_wrong_part_is_not_found():
+    """Two sequences compute the same at the same time, one from each part on; the second one gets further."""
+    pool = PagePool(80, parts=2)
+    numbers = range(17)
+    tokens = text(*numbers)
+    def run(first_part, count, name):
+        pages = [pool.take(pool.part_of(first_part, number)) for number in range(count)]
+        for number, page in enumerate(pages):
+            name = pool.store(page, name, tokens[number * PAGE : (number + 1) * PAGE])
+        return pages
+    first, second = run(0, 16, ROOT), run(1, 17, ROOT)
+    assert first[0] % 2 == 0 and second[16] % 2 == 0
+    found = pool.find(text(*numbers, rest=1))[0]
+    assert found == first[:16]

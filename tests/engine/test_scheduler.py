@@ -10,8 +10,8 @@ import pytest
 from llama_hpc.comm.outcomes import Outcome
 from llama_hpc.engine.pages import PagePool
 from llama_hpc.engine.scheduler import Scheduler, Sequence, StepLimits
-from llama_hpc.kernels.numerics import PAGE
-from llama_hpc.model.kv_cache import pages_of
+from llama_hpc.kernels.numerics import ATTENTION_BLOCK, PAGE
+from llama_hpc.model.kv_cache import pages_in_a_part, pages_of
 
 
 class World:
@@ -22,17 +22,20 @@ class World:
     """
 
     def __init__(self, prompts, answers, *, samples=1, max_seqs=4, budget=64, prefill=None, decode=0, depth=1, pages=None,
-                 sharing=True):
+                 sharing=True, parts=1):
         self.samples, self.max_seqs = samples, max_seqs
         self.prompts, self.answers = ([item for item in items for _ in range(samples)] for items in (prompts, answers))
         longest = max(len(p) + n for p, n in zip(prompts, answers, strict=True))
-        self.pool = PagePool(pages or max_seqs * pages_of(longest), sharing)
+        self.parts, self.first_parts = parts, np.full(max_seqs, -1, np.int32)
+        self.pool = PagePool(pages or max_seqs * parts * pages_in_a_part(longest, parts), sharing, parts)
         self.table = np.full((max_seqs, pages_of(longest)), -1, np.int32)
         self.limits = StepLimits(budget, prefill or budget, decode)
-        self.scheduler = Scheduler(self.limits, max_seqs, self.pool, self.table, depth, self.sequences)
+        self.scheduler = Scheduler(self.limits, max_seqs, self.pool, self.table, depth, self.sequences,
+                                   self.first_parts)
         self.queue, self.live = deque(range(len(prompts))), set()
         self.texts = [list(p) for p in self.prompts]    # tokens known so far
-        self.cache = {}                                 # (page, place): all tokens up to there
+        self.cache = {}                                 # (part, page of it, place): the name of all tokens up to there
+        self.names, self.known_names = {}, [[] for _ in self.prompts]
         self.ran = [0] * len(self.prompts)              # rows run for each answer
         self.steps = []
 
@@ -76,21 +79,33 @@ class World:
                 break
         return self
 
+    def name(self, answer, position):
+        """A number for the beginning of an answer's text up to a position: the same for equal ones."""
+        known, text = self.known_names[answer], self.texts[answer]
+        while len(known) <= position:
+            known.append(self.names.setdefault((known[-1] if known else -1, text[len(known)]), len(self.names)))
+        return known[position]
+
+    def place(self, sequence, position):
+        """Where a rank looks for a position: part, page of this part, place in the page."""
+        part = (self.first_parts[sequence.slot] + position // ATTENTION_BLOCK) % self.parts
+        return part, self.table[sequence.slot, position // PAGE], position % PAGE
+
     def step(self):
         batch, chosen = self.scheduler.plan()
         assert batch.rows <= self.limits.token_budget and self.pool.used <= self.pool.count
         by_slot = {s.slot: s for s in self.scheduler.running}
         rows = [(by_slot[batch.sequences[r]], int(batch.positions[r]), int(batch.tokens[r])) for r in range(batch.rows)]
         for sequence, position, token in rows:
-            text, page = self.texts[self.answer(sequence)], self.table[sequence.slot, position // PAGE]
-            assert page == sequence.pages[position // PAGE] and token == text[position]
-            self.cache[page, position % PAGE] = text[: position + 1]
+            text, place = self.texts[self.answer(sequence)], self.place(sequence, position)
+            page, part = sequence.pages[position // PAGE], place[0]
+            assert page == place[1] * self.parts + part and token == text[position]
+            self.cache[place] = self.name(self.answer(sequence), position)
             self.ran[self.answer(sequence)] += 1
         # Attention reads behind all writes of the step: every position up to its own must be there.
-        for sequence, position, _ in rows:
-            text = self.texts[self.answer(sequence)]
+        for sequence, position in {id(s): (s, p) for s, p, _ in rows}.values():
             for p in range(position + 1):
-                assert self.cache[self.table[sequence.slot, p // PAGE], p % PAGE] == text[: p + 1]
+                assert self.cache[self.place(sequence, p)] == self.name(self.answer(sequence), p)
         last = {id(s): (s, p, r) for r, (s, p, _) in enumerate(rows)}
         complete = [(s, r) for s, p, r in last.values() if p + 1 == len(self.texts[self.answer(s)])]
         assert [(s, int(r)) for s, r in zip(chosen, batch.outputs, strict=True)] == complete
@@ -174,3 +189,26 @@ def test_whatever_the_limits_every_answer_is_complete(seed):
                   pages=least + draw.choice((0, 1, 3, 20)), sharing=draw.random() < 0.7).run(5000 * samples)
     assert [len(t) for t in world.texts] == [len(p) + n for p, n in zip(world.prompts, world.answers, strict=True)]
     assert world.scheduler.idle and world.pool.used == 0 and world.pool.most_used <= world.pool.count
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_with_a_cache_in_parts_every_answer_is_complete(seed):
+    """Prompts of several blocks with common beginnings, in a cache whose parts just hold the longest one."""
+    draw = random.Random(seed)
+    parts, count = draw.randint(2, 4), draw.randint(1, 7)
+    beginning = [draw.randint(0, 9) for _ in range(700)]
+    prompts = [beginning[: draw.choice((0, 16, 300, 600))] + [draw.randint(0, 99) for _ in range(draw.randint(1, 400))]
+               for _ in range(count)]
+    answers = [draw.randint(1, 30) for _ in range(count)]
+    least = max(pages_in_a_part(len(p) + n, parts) for p, n in zip(prompts, answers, strict=True))
+    world = World(prompts, answers, max_seqs=draw.randint(1, 4), budget=draw.choice((50, 256, 1000)), depth=draw.randint(1, 3),
+                  parts=parts, pages=parts * (least + draw.choice((0, 1, 5, 40))), sharing=draw.random() < 0.7).run()
+    assert [len(t) for t in world.texts] == [len(p) + n for p, n in zip(world.prompts, world.answers, strict=True)]
+    assert world.scheduler.idle and world.pool.used == 0
+
+
+def test_short_sequences_begin_in_the_part_with_most_room():
+    """Four of a block each fill four parts of a block each: none waits."""
+    world = World([[n] * 200 for n in range(4)], [50] * 4, max_seqs=4, budget=1000, parts=4, pages=4 * 16).run()
+    assert sorted(world.first_parts) == [0, 1, 2, 3] and world.scheduler.setbacks == 0
+    assert len(world.steps[0]) == 800

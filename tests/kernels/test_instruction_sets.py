@@ -17,9 +17,11 @@ import llvmlite.binding
 import numpy as np
 import pytest
 from kernel_inputs import FORMATS, kernel_weights, normal, operate, quantized, stored
+from kv_caches import Cache, queries
 from numba import njit
 from numba.core.registry import cpu_target
-from test_attention import KV_OF_HEAD, LENGTHS, POSITIONS, SEQUENCES, Cache, queries
+from test_attention import KV_OF_HEAD, LENGTHS, POSITIONS, SEQUENCES
+from test_context_attention import attend as attend_on_ranks
 from test_kv_store import Rows
 
 from llama_hpc.kernels.cpu import elementwise, joining, products, sampling, target
@@ -65,7 +67,10 @@ def attention_and_the_rest():
     for dtype in (np.uint16, np.float32, np.int8):
         cache = Cache(LENGTHS, 2, 20, dtype).write()
         for window in (0, 300):
-            yield cache.attend(queries(len(POSITIONS), 20), SEQUENCES, POSITIONS, KV_OF_HEAD, window)
+            arguments = queries(len(POSITIONS), 20), SEQUENCES, POSITIONS, KV_OF_HEAD, window
+            yield cache.attend(*arguments)
+            status, found = attend_on_ranks(cache, *arguments, ranks=2, first_parts=[0, 0, 1, 0], room=5)
+            yield from ((status, own.values) for _, own in found)
         rows = Rows(20, dtype)
         yield rows.store(normed=True), rows.q
         pools = rows.cache.key_pool, *rows.cache.scale_pools

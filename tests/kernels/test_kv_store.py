@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_attention import DTYPES, Cache, assert_same, normal, operate
+from kv_caches import DTYPES, Cache, assert_same, normal, operate
 
 from llama_hpc.kernels import reference
 from llama_hpc.kernels.cpu import kv_store
