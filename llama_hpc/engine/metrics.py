@@ -75,7 +75,9 @@ class Recorder:
 
     def end(self, counts: Sequence[int]) -> None:
         """The step is over; ``counts`` as in COUNTS."""
-        laps, reduced = self._laps, sum(int(spent[0]) for spent in self._reduced)
+        laps, reduced = self._laps, 0
+        for spent in self._reduced:
+            reduced += int(spent[0])
         laps[_NUMBER["reduce"]] = reduced - self._reduced_before
         laps[_NUMBER["compute"]] -= reduced - self._reduced_before
         self._reduced_before = reduced

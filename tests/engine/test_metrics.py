@@ -70,7 +70,7 @@ def test_long_runs_are_thinned_and_their_sums_exact(clock, monkeypatch):
 
 def test_recording_is_a_handful_of_calls():
     """Of Python and of C, one reading of the clock a phase: 2 us a step, of which the shortest of a 135 M model takes 2.5 ms."""
-    recorder, calls = Recorder(time.monotonic(), np.zeros(1, np.int64)), []
+    recorder, calls = Recorder(time.monotonic(), [np.zeros(1, np.int64)]), []
     def step():
         recorder.begin()
         for phase in PHASES:
