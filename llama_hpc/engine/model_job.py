@@ -41,8 +41,9 @@ _POLL = 0.2                     # seconds between looks at the shared counters
 class ModelSettings:
     """Which model, and how it is laid out: ``weights`` is a format or None for the default, ``threads`` those of each rank,
     ``shape`` the grid or None for the one that suits, ``reduce`` how tensor ranks add up (see ``comm.choose``),
-    ``sequence_parallel`` from how many tokens of a step on they also deal out rows (0: never), ``kv_cache`` the cache's format
-    (see ``model.kv_cache``); ``show``: whether the first rank tells how far long steps have come."""
+    ``sequence_parallel`` from how many tokens of a step on they also deal out rows, ``overlap`` from how many they compute one half
+    while sums of the other travel between nodes (0: never), ``kv_cache`` the cache's format (see ``model.kv_cache``); ``show``:
+    whether the first rank tells how far long steps have come."""
 
     model: str
     weights: str | None
@@ -50,6 +51,7 @@ class ModelSettings:
     shape: GridShape | None
     reduce: str = "auto"
     sequence_parallel: int = 2048
+    overlap: int = 64
     kv_cache: str = "auto"
     show: bool = True
 
@@ -154,7 +156,8 @@ class ModelJob:
             cache = make_cache(*whose, sizes["sequences"], sizes["max_seq_len"], sizes.get("pages"), self.kv_cache)
         reducer = self._reducer(sizes["max_rows"])
         with agreed(self.comm, "making the buffers"):
-            return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=self.settings.sequence_parallel, cache=cache)
+            return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=self.settings.sequence_parallel,
+                                    overlap_from=self.settings.overlap, cache=cache)
 
     def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]
              ) -> tuple[Any, float, int]:

@@ -94,9 +94,10 @@ class Replica:
         """What this rank has done: counts of steps and tokens run, of tokens found in the cache and not run, of sequences set
         back; the most pages that sequences held at a time; bytes sent to the next stage; what ``TensorReducer.work`` tells."""
         pool = self.scheduler.pool
-        return {"steps": self._steps, "sequence_parallel_steps": self.stage.spread_steps, "tokens": self._tokens,
-                "shared_tokens": pool.shared_tokens, "setbacks": self.scheduler.setbacks, "pages": pool.count,
-                "pages_used": pool.most_used, "bytes_sent": self.channel.bytes_sent, **self.stage.reducer.work()}
+        return {"steps": self._steps, "sequence_parallel_steps": self.stage.spread_steps,
+                "overlapped_steps": self.stage.overlapped_steps, "tokens": self._tokens, "shared_tokens": pool.shared_tokens,
+                "setbacks": self.scheduler.setbacks, "pages": pool.count, "pages_used": pool.most_used,
+                "bytes_sent": self.channel.bytes_sent, **self.stage.reducer.work()}
 
     def _oldest(self) -> int:
         """The oldest step under way, taken off when it has passed all stages."""

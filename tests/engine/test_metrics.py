@@ -11,7 +11,7 @@ from llama_hpc.engine.metrics import PHASES, Recorder, spread
 from llama_hpc.engine.summary import RankReport, arrays, summary, trace
 
 WORK = {"steps": 10, "tokens": 1000, "shared_tokens": 160, "setbacks": 2, "pages": 40, "pages_used": 10, "bytes_sent": 0,
-        "reduce": "mpi", "reductions": 0, "reduce_numbers": 0, "reduce_bytes": 0, "reduce_seconds": 0.0}
+        "reduce": "mpi", "reductions": 0, "overlapped_reductions": 0, "reduce_numbers": 0, "reduce_bytes": 0, "reduce_seconds": 0.0}
 
 
 class Clock:
