@@ -27,8 +27,8 @@ class Region:
 class TensorReducer:
     """Joins over the ranks of one communicator by MPI. Every method is collective over it; one rank needs no call.
 
-    Of the steps of a model, ``calls`` counts joins, ``overlapped`` those during which this rank computed, ``numbers`` and ``bytes``
-    what this rank gave to them, and ``nanoseconds`` (an int64 [1]) the time in which it did nothing else.
+    Of the steps of a model, ``calls`` counts joins, ``overlapped`` those during which this rank computed, ``numbers`` and
+    ``bytes`` what this rank gave to them, and ``nanoseconds`` (an int64 [1]) the time in which it did nothing else.
     """
 
     mode = "mpi"

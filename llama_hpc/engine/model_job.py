@@ -41,9 +41,9 @@ _POLL = 0.2                     # seconds between looks at the shared counters
 class ModelSettings:
     """Which model, and how it is laid out: ``weights`` is a format or None for the default, ``threads`` those of each rank,
     ``shape`` the grid or None for the one that suits, ``reduce`` how tensor ranks add up (see ``comm.choose``),
-    ``sequence_parallel`` from how many tokens of a step on they also deal out rows, ``overlap`` from how many they compute one half
-    while sums of the other travel between nodes (0: never), ``kv_cache`` the cache's format (see ``model.kv_cache``); ``show``:
-    whether the first rank tells how far long steps have come."""
+    ``sequence_parallel`` from how many tokens of a step on they also deal out rows, ``overlap`` from how many they compute one
+    half while sums of the other travel between nodes (0: never), ``kv_cache`` the cache's format (see ``model.kv_cache``);
+    ``show``: whether the first rank tells how far long steps have come."""
 
     model: str
     weights: str | None

@@ -63,8 +63,8 @@ def _cache(ranks: Sequence[RankReport]) -> list[str]:
 
 
 def _traffic(ranks: Sequence[RankReport]) -> list[str]:
-    """Bytes sent to other stages for each token that was run, and into reductions for each number; reductions that travelled while
-    their rank computed."""
+    """Bytes sent to other stages for each token that was run, and into reductions for each number; how many of these travelled
+    while their rank computed."""
     lines = []
     tokens = sum(r.work["tokens"] for r in ranks if (r.stage, r.tensor) == (0, 0))
     sent, reduced, numbers = (sum(r.work[name] for r in ranks) for name in ("bytes_sent", "reduce_bytes", "reduce_numbers"))

@@ -1,4 +1,4 @@
-"""Computing and communicating at once: a step's rows are cut in two, and while the sums of one half travel, the other is computed.
+"""Computing and communicating at once: a step is cut in two halves, and while sums of one travel, the other is computed.
 
 Known as dual-batch overlap (DeepSeek-V3, 2024, section 3.2.3) and as micro-batch overlap.
 """
