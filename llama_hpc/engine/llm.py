@@ -46,7 +46,7 @@ class Transformer:
 
     def __init__(self, model: str | PathLike, parallel: ParallelConfig | None = None, *, weights: str | None = None,
                  threads: int | None = None, max_seq_len: int | None = None, reduce: str = "auto",
-                 sequence_parallel: int = 2048, overlap: int = 64, kv_cache: str = "auto", comm: MPI.Comm | None = None,
+                 sequence_parallel: int = 2048, overlap: int = 32, kv_cache: str = "auto", comm: MPI.Comm | None = None,
                  progress: bool = False, **batching: Any):
         from llama_hpc.runtime.abort import end_job_on_errors
         from llama_hpc.runtime.launch import check_world, world

@@ -51,7 +51,7 @@ class ModelSettings:
     shape: GridShape | None
     reduce: str = "auto"
     sequence_parallel: int = 2048
-    overlap: int = 64
+    overlap: int = 32
     kv_cache: str = "auto"
     show: bool = True
 
