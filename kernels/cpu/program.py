@@ -1,5 +1,7 @@
 """Programs: operations that a pool runs one after the other, in one compiled call."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .memory import address
@@ -43,11 +45,21 @@ class Program:
             self._table[i] = function, address(record)
         self._arguments = address(self._table), len(self.records), address(self.status)
 
-    def run(self) -> int:
-        """Runs all operations; returns the number of the first whose status is set, or -1. One program of a pool at a time."""
+    def run(self, between: Callable[[], None] | None = None) -> int:
+        """Runs all operations; returns the number of the first whose status is set, or -1. One program of a pool at a time.
+
+        ``between``: called behind each operation.
+        """
         if self._table is None:
             self._finish()
-        return self.pool.execute(*self._arguments)
+        if between is None:
+            return self.pool.execute(*self._arguments)
+        (table, count, status), first = self._arguments, -1
+        for i in range(count):
+            if self.pool.execute(table + 16 * i, 1, status + 8 * i) >= 0 and first < 0:
+                first = i
+            between()
+        return first
 
     def clear(self) -> None:
         """Forgets what was found."""

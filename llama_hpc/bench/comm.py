@@ -12,7 +12,7 @@ from llama_hpc.bench.ranks import repetitions, sleep_until_all, slowest_seconds
 from llama_hpc.bench.report import Report, print_row
 from llama_hpc.runtime.abort import agreed
 
-TITLES = ("place", "operation", "ranks", "bytes", "us", "GB/s", "bus GB/s")
+TITLES = ("place", "operation", "ranks", "bytes", "us", "MB/s", "bus MB/s")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Exchange:
 
     def as_row(self) -> tuple[str, ...]:
         return (self.place, self.operation, str(self.ranks), str(self.bytes), f"{self.microseconds:.2f}",
-                f"{self.gigabytes_per_second:.3f}", f"{self.bus_gigabytes_per_second:.3f}")
+                f"{self.gigabytes_per_second * 1e3:.2f}", f"{self.bus_gigabytes_per_second * 1e3:.2f}")
 
 
 def measure_exchanges(args: argparse.Namespace, report: Report | None, world: MPI.Comm, node: MPI.Comm) -> None:

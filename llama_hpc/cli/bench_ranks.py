@@ -16,7 +16,7 @@ def add_kinds(kinds) -> None:
     comm = kinds.add_parser(
         "comm", help="exchanges between ranks, inside a node and between nodes, by message size",
         description="Time exchanges between ranks, under mpirun or srun: of all ranks on the first rank's node, then of one rank "
-                    "on each node. Each is checked first. Sizes are those of a rank's whole buffer. GB/s are size / time; of the "
+                    "on each node. Each is checked first. Sizes are those of a rank's whole buffer. MB/s are size / time; of the "
                     "bus times 2(n-1)/n for sums over n ranks, (n-1)/n for allgather and alltoall, 2 for both ways, as in "
                     "nccl-tests and the OSU benchmarks.")
     comm.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OP",

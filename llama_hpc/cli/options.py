@@ -125,6 +125,9 @@ def add_reduce(layout) -> None:
     layout.add_argument("--sequence-parallel", type=whole(0), default=2048, metavar="N",
                         help="tokens of a step from which tensor ranks also deal out norms, residuals and quantisation; 0: never "
                              "(default: %(default)s)")
+    layout.add_argument("--overlap", type=whole(0), default=32, metavar="N",
+                        help="tokens of a step from which one half of them is computed while sums of the other travel between "
+                             "nodes; 0: never (default: %(default)s)")
     layout.add_argument("--reduce", choices=REDUCE, default="auto",
                         help="how tensor ranks add up: by MPI, in memory that ranks of a node share, or by one-sided puts "
                              "(default: shared memory inside of a node, MPI between nodes)")

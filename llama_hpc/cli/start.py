@@ -18,6 +18,6 @@ def start(args: argparse.Namespace, read=lambda args: None) -> tuple:
     log.setup(comm.rank)
     node, threads, (more, shape) = prepare(comm, args.threads, lambda: (read(args), grid_shape(args, comm.size)))
     from llama_hpc.engine.model_job import ModelSettings
-    settings = ModelSettings(args.model, args.weights, threads, shape, args.reduce, args.sequence_parallel, args.kv_cache,
-                             context_parallel=args.context_parallel)
+    settings = ModelSettings(args.model, args.weights, threads, shape, args.reduce, args.sequence_parallel, args.overlap,
+                             args.kv_cache, context_parallel=args.context_parallel)
     return settings, comm, node, more

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
+from llama_hpc.comm.exchange import Exchange
 from llama_hpc.comm.reduce import Region, TensorReducer
 from llama_hpc.kernels.cpu.memory import address
 
@@ -50,11 +51,10 @@ class OneSidedReducer(TensorReducer):
         return PutRegion(own, np.array(parts, np.int64), window)
 
     def bring_together(self, steps, region: PutRegion, kind: int, count: np.ndarray) -> None:
-        place = self.comm.rank * region.own.nbytes
-        steps.call(lambda part: self._put(region.window, part, place), region.own, count, self)
+        steps.exchange(_PutExchange(self, region), count, self)
 
-    def _put(self, window: MPI.Win, part: np.ndarray, place: int) -> None:
-        """Everybody's slot of this rank gets ``part``; returns when all slots of this rank are filled."""
+    def put(self, window: MPI.Win, part: np.ndarray, place: int) -> int:
+        """Everybody's slot of this rank gets ``part``. Returns the number of the join."""
         self._joins += 1
         for rank in self._others:
             window.Put(part, rank, (place, part.nbytes, MPI.BYTE))
@@ -63,17 +63,40 @@ class OneSidedReducer(TensorReducer):
             self._flags_window.Put(self._joins, rank, (self.comm.rank, 1, MPI.INT64_T))
         self._flags_window.Flush_all()
         self._flags[self.comm.rank] = self._joins[0]
+        return int(self._joins[0])
+
+    def wait(self, window: MPI.Win, join: int) -> None:
+        """Returns when all slots of this rank are filled."""
         looks = 0
-        while self._flags.min() < self._joins[0]:
-            self._flags_window.Sync()
-            self.comm.Iprobe()
+        while self._flags.min() < join:
+            self.test()
             looks += 1
             if looks % _LOOKS == 0:
                 time.sleep(0)
         window.Sync()
+
+    def test(self) -> None:
+        """Lets the library do what others ask of it."""
+        self._flags_window.Sync()
+        self.comm.Iprobe()
 
     def free(self) -> None:
         for window in (self._flags_window, *self._windows):
             window.Unlock_all()
             window.Free()
         self._windows = []
+
+
+class _PutExchange(Exchange):
+    """A join of one region."""
+
+    def __init__(self, reducer: OneSidedReducer, region: PutRegion):
+        self._reducer, self._region, self._join = reducer, region, 0
+        self.test = reducer.test
+
+    def start(self, rows: int) -> None:
+        own = self._region.own
+        self._join = self._reducer.put(self._region.window, own[:rows], self._reducer.comm.rank * own.nbytes)
+
+    def wait(self) -> None:
+        self._reducer.wait(self._region.window, self._join)

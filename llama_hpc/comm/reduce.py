@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from llama_hpc.kernels.cpu.joining import BITS, FINISH, MAXIMUM, SUM
+from llama_hpc.comm.exchange import AllreduceExchange, Exchange, PairExchange
+from llama_hpc.kernels.cpu.joining import BITS, MAXIMUM
 from llama_hpc.kernels.cpu.memory import address
 
 
@@ -26,16 +27,16 @@ class Region:
 class TensorReducer:
     """Joins over the ranks of one communicator by MPI. Every method is collective over it; one rank needs no call.
 
-    Of the steps of a model, ``calls`` counts joins, ``numbers`` and ``bytes`` what this rank gave to them, and ``nanoseconds``
-    (an int64 [1]) the time that they took.
+    Of the steps of a model, ``calls`` counts joins, ``overlapped`` those during which this rank computed, ``numbers`` and
+    ``bytes`` what this rank gave to them, and ``nanoseconds`` (an int64 [1]) the time in which it did nothing else.
     """
 
     mode = "mpi"
     shares_memory = False
 
     def __init__(self, comm: MPI.Comm):
-        self.comm, self.size, self.calls, self.bytes = comm, comm.size, 0, 0
-        self.numbers = 0
+        self.comm, self.size = comm, comm.size
+        self.calls = self.overlapped = self.bytes = self.numbers = 0
         self.nanoseconds = np.zeros(1, np.int64)
 
     def region(self, array: np.ndarray) -> Region:
@@ -44,11 +45,12 @@ class TensorReducer:
 
     def bring_together(self, steps, region: Region, kind: int, count: np.ndarray) -> None:
         """Appends to a model's ``Steps`` what has to happen before ``region.parts`` can be joined by operations."""
-        steps.call(self.function(kind), region.own, count, self)
+        steps.exchange(self.exchange(region.own, kind), count, self)
 
-    def function(self, kind: int):
-        """What joins an array in place."""
-        return {SUM: self.sum_fixed, FINISH: self.sum_fixed, BITS: self.sum_disjoint, MAXIMUM: self.maximum}[kind]
+    def exchange(self, array: np.ndarray, kind: int) -> Exchange:
+        """What joins rows of an array in place, of a kind of ``joining``."""
+        made = PairExchange if self.size == 2 else AllreduceExchange
+        return made(self.comm, array.view(np.int32) if kind == BITS else array, MPI.MAX if kind == MAXIMUM else MPI.SUM)
 
     def sum_fixed(self, sums: np.ndarray) -> None:
         """Adds int64 fixed-point sums in place: exact, so independent of order and of the library's algorithm."""
@@ -68,12 +70,12 @@ class TensorReducer:
 
     def work(self) -> dict[str, str | int | float]:
         """What was done since ``reset``."""
-        return {"reduce": self.mode, "reductions": self.calls, "reduce_numbers": self.numbers, "reduce_bytes": self.bytes,
-                "reduce_seconds": float(self.nanoseconds[0]) / 1e9}
+        return {"reduce": self.mode, "reductions": self.calls, "overlapped_reductions": self.overlapped,
+                "reduce_numbers": self.numbers, "reduce_bytes": self.bytes, "reduce_seconds": float(self.nanoseconds[0]) / 1e9}
 
     def reset(self) -> None:
         """Sets the counters to zero."""
-        self.calls = self.bytes = self.numbers = 0
+        self.calls = self.overlapped = self.bytes = self.numbers = 0
         self.nanoseconds[0] = 0
 
     def common(self, size: int) -> np.ndarray | None:

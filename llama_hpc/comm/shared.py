@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
+from llama_hpc.comm.exchange import Exchange
 from llama_hpc.comm.reduce import Region, TensorReducer
 from llama_hpc.kernels.cpu.joining import FINISH, MEETING_WORDS, SUM
 from llama_hpc.kernels.cpu.memory import LINE, address
@@ -124,7 +125,8 @@ class CombinedReducer(TensorReducer):
         steps.meet(self._meeting)
         if self._leads:
             steps.add_join(region.own_node, SUM if kind == FINISH else kind, count, region.whole, reducer=self)
-            steps.call(self._between.function(kind), region.whole, count, self)
+        # Ranks that lead no node have no part in it, but come to the next meeting behind it as the others do.
+        steps.exchange(self._between.exchange(region.whole, kind) if self._leads else Exchange(), count, self)
         steps.meet(self._meeting)
 
     def free(self) -> None:

@@ -36,8 +36,8 @@ class Transformer:
     default, what memory allows). ``weights``: ``q3_5``, ``q4``, ``q8``, ``f16`` or ``f32`` (default: q8, or that of a model that
     is quantised). ``threads`` of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores).
     ``max_seq_len``: limit of prompt and answer together (default: the model's context). ``reduce``, ``sequence_parallel``,
-    ``context_parallel`` and ``kv_cache``: as of the command line. ``comm``: an MPI communicator (default: the world).
-    ``progress``: shows how far long steps have come.
+    ``overlap``, ``context_parallel`` and ``kv_cache``: as of the command line. ``comm``: an MPI communicator (default: the
+    world). ``progress``: shows how far long steps have come.
 
     All ranks make the same calls with the same arguments; of prompts, texts and token ids those of the first rank count. An error
     that all ranks share is raised on all of them. Under several ranks an exception that ends the script of one of them ends the
@@ -46,7 +46,7 @@ class Transformer:
 
     def __init__(self, model: str | PathLike, parallel: ParallelConfig | None = None, *, weights: str | None = None,
                  threads: int | None = None, max_seq_len: int | None = None, reduce: str = "auto",
-                 sequence_parallel: int = 2048, context_parallel: int = 1, kv_cache: str = "auto",
+                 sequence_parallel: int = 2048, overlap: int = 32, context_parallel: int = 1, kv_cache: str = "auto",
                  comm: MPI.Comm | None = None, progress: bool = False, **batching: Any):
         from llama_hpc.runtime.abort import end_job_on_errors
         from llama_hpc.runtime.launch import check_world, world
@@ -69,7 +69,7 @@ class Transformer:
         node, threads, shape = prepare(comm, threads, read)
         from llama_hpc.engine.model_job import ModelSettings
         from llama_hpc.engine.session import Session
-        settings = ModelSettings(str(model), weights, threads, shape, reduce, sequence_parallel, kv_cache, progress,
+        settings = ModelSettings(str(model), weights, threads, shape, reduce, sequence_parallel, overlap, kv_cache, progress,
                                  context_parallel)
         if parallel.micro_batches is not None:
             batching = {"micro_batches": parallel.micro_batches} | batching

@@ -77,7 +77,8 @@ class StepLoop:
     def work(self) -> dict[str, int | float | str]:
         """What this rank has done: counts of steps and tokens run; pages, and the most of them that were held at a time; bytes
         sent to the next stage; what ``TransformerStage.work`` tells."""
-        return {"steps": self._steps, "sequence_parallel_steps": self.stage.spread_steps, "tokens": self._tokens,
+        return {"steps": self._steps, "sequence_parallel_steps": self.stage.spread_steps,
+                "overlapped_steps": self.stage.overlapped_steps, "tokens": self._tokens,
                 "pages": self.pool.count, "pages_used": self.pool.most_used, "bytes_sent": self.channel.bytes_sent,
                 **self.stage.work()}
 

@@ -42,9 +42,10 @@ _POLL = 0.2                     # seconds between looks at the shared counters
 class ModelSettings:
     """Which model, and how it is laid out: ``weights`` is a format or None for the default, ``threads`` those of each rank,
     ``shape`` the grid or None for the one that suits, ``reduce`` how tensor ranks add up (see ``comm.choose``),
-    ``sequence_parallel`` from how many tokens of a step on they also deal out rows (0: never), ``kv_cache`` the cache's format
-    (see ``model.kv_cache``); ``show``: whether the first rank tells how far long steps have come; ``context_parallel``: so many
-    tensor ranks deal out the positions of the cache."""
+    ``sequence_parallel`` from how many tokens of a step on they also deal out rows, ``overlap`` from how many they compute one
+    half while sums of the other travel between nodes (0: never), ``kv_cache`` the cache's format (see ``model.kv_cache``);
+    ``show``: whether the first rank tells how far long steps have come; ``context_parallel``: so many tensor ranks deal out the
+    positions of the cache."""
 
     model: str
     weights: str | None
@@ -52,6 +53,7 @@ class ModelSettings:
     shape: GridShape | None
     reduce: str = "auto"
     sequence_parallel: int = 2048
+    overlap: int = 32
     kv_cache: str = "auto"
     show: bool = True
     context_parallel: int = 1
@@ -163,8 +165,8 @@ class ModelJob:
         reducer = self._reducer(self.grid.tensor_comm, rows * config.hidden_size * (2 * 8 + 4))
         context = self._reducer(self.context_comm, rows * shared_bytes(config.head_dim, self.share))
         with agreed(self.comm, "making the buffers"):
-            return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=self.settings.sequence_parallel, cache=cache,
-                                    context=context)
+            return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=self.settings.sequence_parallel,
+                                    overlap_from=self.settings.overlap, cache=cache, context=context)
 
     def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]
              ) -> tuple[Any, float, int]:

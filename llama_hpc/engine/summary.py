@@ -63,7 +63,8 @@ def _cache(ranks: Sequence[RankReport]) -> list[str]:
 
 
 def _traffic(ranks: Sequence[RankReport]) -> list[str]:
-    """Bytes sent to other stages for each token that was run, and into reductions for each number."""
+    """Bytes sent to other stages for each token that was run, and into reductions for each number; how many of these travelled
+    while their rank computed."""
     lines = []
     tokens = sum(r.work["tokens"] for r in ranks if (r.stage, r.tensor) == (0, 0))
     sent, reduced, numbers = (sum(r.work[name] for r in ranks) for name in ("bytes_sent", "reduce_bytes", "reduce_numbers"))
@@ -72,6 +73,10 @@ def _traffic(ranks: Sequence[RankReport]) -> list[str]:
     if reduced:
         lines.append(f"{reduced / 1e6:.1f} MB into reductions ({', '.join(sorted({r.work['reduce'] for r in ranks}))}), "
                      f"{reduced / numbers:.2f} bytes a number, from each rank")
+    made, overlapped = (sum(r.work[name] for r in ranks) for name in ("reductions", "overlapped_reductions"))
+    if overlapped:
+        lines.append(f"{_percent(overlapped / made)} of the reductions overlapped with computing, "
+                     f"{_mean([r.work['reduce_seconds'] for r in ranks]):.2f} s waited for all of them on each rank")
     return lines
 
 

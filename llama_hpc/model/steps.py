@@ -1,9 +1,11 @@
 """What one step of a stage computes: programs of kernels, and the exact sums over the tensor group between them."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
+from llama_hpc.comm.exchange import Call, Exchange
 from llama_hpc.comm.reduce import Region, TensorReducer
 from llama_hpc.kernels.cpu import joining
 from llama_hpc.kernels.cpu.memory import address
@@ -27,7 +29,10 @@ class Steps:
         self.counts = np.zeros(5, np.int64)
         self.rows, self.outputs, self.runs, self.first, self.own = (self.counts[i : i + 1] for i in range(5))
         self.program = Program(pool)
-        self._actions: list = [self.program]
+        self.programs = [self.program]
+        # Behind each program but the last: of how many rows, and whose time it takes.
+        self._exchanges: list[tuple[Exchange, np.ndarray, TensorReducer]] = []
+        self._started = Exchange(), reducer
         self._joined: list[tuple[TensorReducer, int, int, np.ndarray]] = []     # numbers and bytes of a row, how many rows
 
     def join(self, region: Region, kind: int, count: np.ndarray, target: np.ndarray, bias: np.ndarray | None = None,
@@ -58,7 +63,7 @@ class Steps:
         if self.reducer.shares_memory:
             self.reducer.meet(self)
         else:
-            self.call(self.reducer.scatter_sum, region.own, self.rows)
+            self.exchange(Call(self.reducer.scatter_sum, region.own), self.rows)
             parts = np.array([address(region.own)])
         self._note_join(region.own, self.rows)
         self.add_join(parts, joining.FINISH, self.own, residual, bias, name, offset=self.first)
@@ -69,7 +74,7 @@ class Steps:
             self.reducer.meet(self)
             return
         for array in arrays:
-            self.call(self.reducer.gather_rows, array, self.rows)
+            self.exchange(Call(self.reducer.gather_rows, array), self.rows)
             self._note_join(array, self.own)
 
     def gather_residual(self, region: Region) -> None:
@@ -93,26 +98,49 @@ class Steps:
         """Appends a meeting of processes that share memory."""
         self.program.add((0, ()), joining.meet_operation, joining.MEETING, ONE_TASK.record(self.pool.threads), **meeting)
 
-    def call(self, function, array: np.ndarray, count: np.ndarray, reducer: TensorReducer | None = None) -> None:
-        """Ends the program here: ``function(array[:count])`` is called, then the next one runs."""
+    def exchange(self, exchange: Exchange, count: np.ndarray, reducer: TensorReducer | None = None) -> None:
+        """Ends the program here: the exchange of ``count`` rows, then the next one runs."""
+        self._exchanges.append((exchange, count, reducer or self.reducer))
         self.program = Program(self.pool)
-        self._actions += [(function, array, count, reducer or self.reducer), self.program]
-
-    @property
-    def programs(self) -> list[Program]:
-        return [action for action in self._actions if isinstance(action, Program)]
+        self.programs.append(self.program)
 
     def run(self) -> None:
         """One step; what kernels find wrong goes to ``faults``."""
-        for action in self._actions:
-            if isinstance(action, Program):
-                if action.names and action.run() >= 0:
-                    self._note(action)
-            else:
-                function, array, count, reducer = action
-                start = time.monotonic_ns()
-                function(array[: count[0]])
-                reducer.nanoseconds[0] += time.monotonic_ns() - start
+        for i, program in enumerate(self.programs):
+            self._compute(program)
+            if i < len(self._exchanges):
+                exchange, count, reducer = self._exchanges[i]
+                self._alone(reducer, exchange.run, int(count[0]))
+        self._count_joins()
+
+    def _compute(self, program: Program, between: Callable[[], None] | None = None) -> None:
+        if program.names and program.run(between) >= 0:
+            self._note(program)
+
+    @staticmethod
+    def _alone(reducer: TensorReducer, function: Callable, *arguments) -> None:
+        """Calls a function, in whose time this rank does nothing else."""
+        start = time.monotonic_ns()
+        function(*arguments)
+        reducer.nanoseconds[0] += time.monotonic_ns() - start
+
+    def _take_turn(self, number: int, between: Callable[[], None]) -> None:
+        """The end of the exchange before program ``number``, the program, the start of the exchange behind it."""
+        if number:
+            exchange, _, reducer = self._exchanges[number - 1]
+            self._alone(reducer, exchange.wait)
+        self._compute(self.programs[number], between)
+        if number < len(self._exchanges):
+            exchange, count, reducer = self._exchanges[number]
+            self._alone(reducer, exchange.start, int(count[0]))
+            self._started = exchange, reducer
+
+    def _test(self) -> None:
+        """Lets what was started last get on."""
+        exchange, reducer = self._started
+        self._alone(reducer, exchange.test)
+
+    def _count_joins(self) -> None:
         for reducer, numbers, size, count in self._joined:
             reducer.calls += 1
             reducer.numbers += numbers * int(count[0])
@@ -127,3 +155,17 @@ class Steps:
                     # Both bits: not finite, which comes first.
                     self.faults.note(1 if found == 3 else found, tensor, layer)
         program.clear()
+
+    @staticmethod
+    def run_in_turns(first: "Steps", second: "Steps") -> None:
+        """One step of each, which have equally many exchanges: while one's are under way, a program of the other runs.
+
+        Collective over the tensor group. A program of ``second`` may read what the same one of ``first`` has written, and those
+        before; nothing else of one may be written by the other.
+        """
+        for number in range(len(first.programs)):
+            first._take_turn(number, second._test)
+            second._take_turn(number, first._test)
+        for steps in (first, second):
+            steps._count_joins()
+            steps.reducer.overlapped += len(steps._joined)

@@ -19,6 +19,7 @@ from llama_hpc.model.faults import Faults
 from llama_hpc.model.kv_cache import DTYPES, KVCache
 from llama_hpc.model.layer import LayerWeights, ParallelLayer
 from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights
+from llama_hpc.model.overlap import OverlappedSteps
 from llama_hpc.model.shares import VOCABULARY_TILE, StageShare, TensorShare
 from llama_hpc.model.steps import Steps
 
@@ -69,7 +70,8 @@ class Buffers:
     """Arrays that every layer of a stage writes in turn, allocated once for ``max_rows`` rows; unused rows take no memory."""
 
     def __init__(self, config: ModelConfig, share: TensorShare, quantized: bool, cache: KVCache, reducer: TensorReducer,
-                 max_rows: int, max_outputs: int, max_seq_len: int, spread: bool, context: TensorReducer | None):
+                 max_rows: int, max_outputs: int, tables: tuple[np.ndarray, np.ndarray], spread: bool = False,
+                 context: TensorReducer | None = None):
         self.config, self.cache, self.max_rows = config, cache, max_rows
         self.heads, self.kv_heads, ffn = len(share.query_heads), len(share.kv_heads), len(share.ffn)
         def floats(columns: int) -> np.ndarray:
@@ -85,7 +87,7 @@ class Buffers:
         self.q, self.k, self.v = (floats(n * config.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))
         self.attended = Activation(max_rows, self.heads * config.head_dim, min(config.head_dim, BLOCK), quantized)
         self.gated = Activation(max_rows, ffn, down_block(config.intermediate_size), quantized)
-        self.cosines, self.sines = rope.tables(config, max_seq_len)
+        self.cosines, self.sines = tables
         self.tokens, self.sequences, self.positions = (np.zeros(max_rows, np.int32) for _ in range(3))
         self.selected, self.runs = np.zeros(max_outputs, np.int64), np.zeros((max_rows, 2), np.int32)
         per_kv = config.num_heads // config.kv_heads
@@ -151,15 +153,16 @@ class TransformerStage:
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
                  pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
-                 kv_cache: str | None = None, schedule: str = "steal", spread_from: int = 0, cache: KVCache | None = None,
-                 context: TensorReducer | None = None):
+                 kv_cache: str | None = None, schedule: str = "steal", spread_from: int = 0, overlap_from: int = 0,
+                 cache: KVCache | None = None, context: TensorReducer | None = None):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.faults = Faults()
         # Rows of a step from which tensor ranks deal them out among themselves.
         self.spread_from = spread_from if spread_from and reducer.size > 1 else max_rows + 1
         self.spread_steps = 0
         self.cache = cache or make_cache(config, stage, share, weights, sequences, max_seq_len, pages, kv_cache)
-        self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, max_seq_len,
+        tables = rope.tables(config, max_seq_len)
+        self.buffers = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows, max_outputs, tables,
                                self.spread_from <= max_rows, context)
         pool.need_scratch(attention_kernel.scratch_bytes(max_seq_len, config.head_dim, config.num_heads // config.kv_heads))
         self._make_outputs(max_outputs)
@@ -170,6 +173,14 @@ class TransformerStage:
         self._spread = None
         if self.spread_from <= max_rows:
             self._spread = self._steps(Steps(pool, reducer, self.faults, schedule, spread=True))
+        # Rows of a step from which one half is computed while sums of the other travel. In shared memory nothing travels; a
+        # context group exchanges one batch at a time.
+        travel = reducer.size > 1 and not reducer.shares_memory and share.context == 1
+        self.overlap_from = max(2, overlap_from) if overlap_from and travel else max_rows + 1
+        self.overlapped_steps, self._overlapped = 0, None
+        if self.overlap_from < min(self.spread_from, max_rows + 1):
+            second = Buffers(config, share, weights.quantized, self.cache, reducer, max_rows // 2, 0, tables)
+            self._overlapped = OverlappedSteps(self, second, lambda: Steps(pool, reducer, self.faults, schedule))
 
     def _make_outputs(self, max_outputs: int) -> None:
         """Arrays of the last stage: normed outputs, logits, and for sampling the keys and sums of segments of the vocabulary."""
@@ -184,13 +195,13 @@ class TransformerStage:
     def _steps(self, steps: Steps) -> Steps:
         """All of the stage."""
         if self.stage.first:
-            self._add_embedding(steps)
+            self.add_embedding(steps)
         for layer in self.layers:
             layer.add(steps)
         if steps.spread:
             steps.gather_residual(self.buffers.residual_region)
         if self.stage.last:
-            self._add_head(steps)
+            self.add_head(steps)
         return steps
 
     def work(self) -> dict[str, str | int | float]:
@@ -217,13 +228,18 @@ class TransformerStage:
 
     def forward(self, batch: Batch) -> None:
         """Runs the stage's layers on the residual; on the last stage also the logits [outputs, vocabulary of this rank]."""
+        if self._overlapped and self.overlap_from <= batch.rows < self.spread_from:
+            self.overlapped_steps += 1
+            self._overlapped.run(batch)
+            return
         spread = batch.rows >= self.spread_from
         self.spread_steps += spread
         steps = self._spread if spread else self.steps
         self.buffers.load(batch, steps)
         steps.run()
 
-    def _add_embedding(self, steps: Steps) -> None:
+    def add_embedding(self, steps: Steps) -> None:
+        """Appends what fills the residual on the first stage."""
         table, b = self.weights.embedding.weights, self.buffers
         rows = self._embedded       # of which each rank has those whose tokens are in its vocabulary
         forms = {"halves": elementwise.INT8, "nibble": elementwise.INT4, "f32": elementwise.FLOAT32, "f16": elementwise.FLOAT16}
@@ -234,8 +250,8 @@ class TransformerStage:
         if self.reducer.size > 1:
             steps.join(rows, joining.BITS, steps.rows, b.residual)
 
-    def _add_head(self, steps: Steps) -> None:
-        """Logits of this rank's vocabulary, and what sampling needs of the whole one: the largest logit, the sum of weights."""
+    def add_head(self, steps: Steps) -> None:
+        """Appends the logits of this rank's vocabulary, and what sampling needs of all: the largest logit, the sum of weights."""
         b, head = self.buffers, self.weights.head
         b.add_norm(steps, self.weights.final_norm, self._selected, steps.outputs, "final_norm", selected=b.selected)
         ColumnParallelLinear(0, {"head": head}).add(steps, self._selected, {"head": self.logits}, steps.outputs)

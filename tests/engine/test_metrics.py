@@ -12,7 +12,8 @@ from llama_hpc.engine.metrics import PHASES, Recorder, spread
 from llama_hpc.engine.summary import RankReport, arrays, summary, trace
 
 WORK = {"steps": 10, "tokens": 1000, "shared_tokens": 160, "setbacks": 2, "pages": 40, "pages_used": 10, "bytes_sent": 0,
-        "reduce": "mpi", "reductions": 0, "reduce_numbers": 0, "reduce_bytes": 0, "reduce_seconds": 0.0}
+        "reduce": "mpi", "reductions": 0, "overlapped_reductions": 0, "reduce_numbers": 0, "reduce_bytes": 0,
+        "reduce_seconds": 0.0}
 
 
 class Clock:
@@ -94,7 +95,13 @@ def test_the_summary_names_bubbles_balance_and_traffic(clock):
     assert "bubble (share of the time in which a stage waits): 20.0 %, 20.0 %" in text
     assert "1000 tokens run, 160 found in the cache, 2 sequences set back, 25.0 % of the cache used" in text
     assert "0.5 MB between stages, 500 bytes a token" in text and "(mpi, shared), 7.90 bytes a number" in text
-    assert not warnings
+    assert "overlapped" not in text and not warnings
+
+
+def test_the_summary_names_reductions_that_travelled_while_ranks_computed(clock):
+    work = {"reduce_bytes": 7900, "reduce_numbers": 1000, "reductions": 40, "overlapped_reductions": 30, "reduce_seconds": 0.25}
+    lines, _ = summary([report(record(clock, 20), tensor=tensor, **work) for tensor in range(2)])
+    assert "75.0 % of the reductions overlapped with computing, 0.25 s waited for all of them on each rank" in lines
 
 
 @pytest.mark.parametrize(("steps", "warned"), [((400, 500), 2), ((500, 500), 0), ((4, 5), 0)])

@@ -71,6 +71,14 @@ def test_status_names_the_first_operation_that_found_something(pool):
     assert not program.status.any()
 
 
+def test_something_may_run_between_operations(pool):
+    program, values, seen = Program(pool), np.zeros(100, np.int64), []
+    for factor, found in ((1, 0), (2, 6), (3, 1)):
+        _add(program, values, factor, found)
+    assert program.run(lambda: seen.append(set(values))) == 1 and program.status.tolist() == [0, 6, 1]
+    assert seen == [{1}, {3}, {10}]
+
+
 def test_a_program_may_grow(pool):
     program, values = Program(pool), np.zeros(100, np.int64)
     _add(program, values, 1)

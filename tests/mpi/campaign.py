@@ -25,6 +25,7 @@ LAYOUTS = (
         *(Layout(grid, options=options) for options in (
             "--max-seqs 1", "--max-seqs 3", "--prefill-micro-batch 1", "--prefill-micro-batch 7", "--token-budget 64",
             "--no-prefix-sharing", "--reduce mpi", "--reduce one-sided", "--sequence-parallel 1",
+            "--reduce mpi --overlap 2",
             "--micro-batches 4 --decode-micro-batch 3")))),
 )  # fmt: skip
 HEADING = f"{'model':11} {'weights':7} {'grid':6} {'threads':>7} {'options':34} {'MPI':7} {'seconds':>7}  digest"

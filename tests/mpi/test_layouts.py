@@ -16,6 +16,9 @@ VARIED = (
     Layout("1x5x1", options="--micro-batches 7 --decode-micro-batch 2"), Layout("1x1x3", options="--reduce mpi"),
     Layout("1x1x3", options="--reduce one-sided"), Layout("1x1x5", options="--sequence-parallel 2"),
     Layout("2x2x2", options="--sequence-parallel 1"), Layout("1x1x3", options="--sequence-parallel 20 --reduce mpi"),
+    Layout("1x1x2", options="--reduce mpi --overlap 1"), Layout("2x2x2", options="--reduce mpi --overlap 4 --max-seqs 3"),
+    Layout("1x1x3", options="--reduce mpi --overlap 2 --token-budget 7"),
+    Layout("1x1x2", options="--reduce one-sided --overlap 2"), Layout("1x1x2", options="--reduce mpi --overlap 2", mpi="mpich"),
 )  # fmt: skip
 SMALL = {"random": PLAIN + VARIED, "stories260K": PLAIN + VARIED, "stories15M": PLAIN}
 
@@ -110,6 +113,9 @@ def check_mechanism(outcome, layout):
     assert all((rank["reductions"] > 0) == (rank["reduce_seconds"] > 0) == (tensor > 1) for rank in table)
     spread = "--sequence-parallel" in layout.options and tensor > 1
     assert all((rank["sequence_parallel_steps"] > 0) == spread for rank in table if rank["steps"])
+    halves = "--overlap" in layout.options
+    assert not halves or all(rank["overlapped_steps"] > 0 and 0 < rank["overlapped_reductions"] < rank["reductions"]
+                             for rank in table if rank["steps"])
     asked = layout.options.partition("--reduce ")[2].partition(" ")[0] or "shared"
     assert {rank["reduce"] for rank in table} == {asked if tensor > 1 else "mpi"}
     assert sum(rank["answers"] for rank in table) == sum(answers_of_replicas(outcome)) == 16

@@ -90,6 +90,37 @@ def test_logits_with_every_reducer(comm, checkpoints, mode, weights_format, spre
         reducer.free()
 
 
+@pytest.mark.parametrize(("name", "weights_format", "overlap_from"),
+                         [("deep", "q8", 1), ("deep", "f32", 5), ("mistral_window", "f32", 2), ("qwen3", "q8", 2)])
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_with_sums_under_way(comm, checkpoints, mode, name, weights_format, overlap_from):
+    """Steps in two halves, whose sums travel in turn: with every reducer but that which has nothing to send."""
+    size = min(4, open_checkpoint(checkpoints / name).config.num_heads)
+    group = comm.Split(0 if comm.rank < size else MPI.UNDEFINED, comm.rank)
+    if group != MPI.COMM_NULL:
+        batches, expected = list(steps(100)), None
+        if comm.rank == 0:
+            alone = GridModel(checkpoints / name, weights_format, MPI.COMM_SELF, 1, 1, sequences=2, overlap_from=overlap_from)
+            expected = [alone.forward(batch) for batch in batches]
+            assert alone.stage.overlapped_steps == 0
+        expected = group.bcast(expected)
+        model = GridModel(checkpoints / name, weights_format, group, 1, group.size, sequences=2, reduce=mode,
+                          overlap_from=overlap_from)
+        reducer, layers = model.stage.reducer, model.config.num_layers
+        for batch, logits in zip(batches, expected, strict=True):
+            found = model.forward(batch)
+            assert found is None or np.array_equal(bits(found), bits(logits))
+        travels = group.size > 1 and mode != "shared"
+        overlapped = sum(batch.rows >= overlap_from for batch in batches) if travels else 0
+        assert model.stage.overlapped_steps == overlapped
+        assert reducer.overlapped == overlapped * 4 * layers
+        # Two sums of a layer, in halves or whole; the embedding, the largest logits, and the sums of their weights.
+        assert reducer.calls == (overlapped * 2 * layers + len(batches) * (2 * layers + 3) if group.size > 1 else 0)
+        assert (reducer.nanoseconds[0] > 0) == (group.size > 1)
+        group.Barrier()
+        reducer.free()
+
+
 @pytest.mark.parametrize(("name", "weights_format"), [("smollm", "q3_5"), ("llama_odd", "f32"), ("llama_biases", "q8")])
 def test_the_parts_of_a_layer(comm, checkpoints, name, weights_format):
     """ParallelAttention and ParallelMLP alone, over all ranks as one tensor group."""

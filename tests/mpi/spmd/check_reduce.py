@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from models import reducer_of
 
+from llama_hpc.comm.exchange import PIECE
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.cpu.calls import shared_pool
 from llama_hpc.kernels.cpu.joining import BITS, FINISH, MAXIMUM, SUM
@@ -78,6 +79,27 @@ def part_of(kind, rank, size, turn, shape):
         values[np.arange(shape[0]) % size != rank] = 0
         return values
     return rng.integers(-2**50, 2**50, shape)
+
+
+@pytest.mark.parametrize("kind", [SUM, MAXIMUM, BITS])
+def test_two_exchanges_under_way_at_once(comm, kind):
+    """In pieces and a rest, now few rows and now many; those behind them stay as they are."""
+    if comm.size == 1:
+        return
+    shape = (9, PIECE // 8 // 3 + 7)
+    arrays = [np.zeros(shape, np.float32 if kind == BITS else np.int64) for _ in range(2)]
+    exchanges = [TensorReducer(comm).exchange(array, kind) for array in arrays]
+    for turn, rows in enumerate((9, 1, 3, 4, 9, 2)):
+        for i, (array, exchange) in enumerate(zip(arrays, exchanges, strict=True)):
+            array[:] = part_of(kind, comm.rank, comm.size, 2 * turn + i, shape)
+            exchange.start(rows)
+            time.sleep(0.002 * ((comm.rank + turn) % 2))
+            exchanges[0].test()
+        for i, (array, exchange) in enumerate(zip(arrays, exchanges, strict=True)):
+            exchange.wait()
+            parts = [part_of(kind, r, comm.size, 2 * turn + i, shape) for r in range(comm.size)]
+            assert np.array_equal(array[:rows], joined(kind, parts, None)[:rows]), (turn, i)
+            assert np.array_equal(array[rows:], parts[comm.rank][rows:])
 
 
 @pytest.mark.parametrize("threads", [1, 2])

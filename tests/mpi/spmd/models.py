@@ -55,7 +55,8 @@ class GridModel:
     """One replica of a model on all ranks of ``comm``: the logits of whole batches, on the leader."""
 
     def __init__(self, folder: Path, weights_format: str, comm, pipeline: int, tensor: int, *, sequences=1,
-                 max_rows=64, threads=1, hashes=None, reduce="auto", spread_from=0, context=1, max_seq_len=64):
+                 max_rows=64, threads=1, hashes=None, reduce="auto", spread_from=0, overlap_from=0,
+                 context=1, max_seq_len=64):
         checkpoint = open_checkpoint(folder)
         self.config = checkpoint.config
         self.grid = Grid.create(comm, GridShape(1, pipeline, tensor))
@@ -67,7 +68,7 @@ class GridModel:
                              hashes=hashes)
         self.stage = TransformerStage(self.config, part, share, weights, reducer, shared_pool(threads), sequences=sequences,
                                       max_seq_len=max_seq_len, max_rows=max_rows, max_outputs=max_rows, spread_from=spread_from,
-                                      context=group)
+                                      overlap_from=overlap_from, context=group)
         reducer.reset()
         self.channel = StageChannel(self.grid.pipeline_comm, 1, max_rows, self.config.hidden_size)
         self.gather = LogitsGather(self.grid.tensor_comm, self.stage) if self.grid.last_stage else None
