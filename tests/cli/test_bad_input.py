@@ -131,6 +131,8 @@ OPTIONS = {
     "a cache for nobody": usage("the KV cache holds 0 tokens, but request 'a' needs 7 (a prompt of 3 and up to 4 more): raise "
                                 "--kv-memory", options="--kv-memory 1K"),
     "a budget of nothing": usage("--token-budget: must be a whole number of at least 1, got '0'", options="--token-budget 0"),
+    "no group": usage("--context-parallel: must be a whole number of at least 1, got '0'", options="--context-parallel 0"),
+    "no grid of such groups": usage("no grid of {n} ranks", "--context-parallel 2", options="--context-parallel 2"),
     "unknown reduce mode": usage("--reduce: invalid choice: 'magic'", options="--reduce magic"),
     "no target": usage("--slo: 'fast' is no target: give METRIC.pN=SECONDS", options="--slo fast"),
     "targets without arrivals": usage("--slo sets targets for requests that arrive over time: give each prompt its arrival_s",
