@@ -26,6 +26,7 @@ LAYOUTS = (
             "--max-seqs 1", "--max-seqs 3", "--prefill-micro-batch 1", "--prefill-micro-batch 7", "--token-budget 64",
             "--no-prefix-sharing", "--reduce mpi", "--reduce one-sided", "--sequence-parallel 1",
             "--micro-batches 4 --decode-micro-batch 3")))),
+    *(Layout(grid, options=f"--context-parallel {grid[-1]}") for grid in ("1x1x3", "2x2x2")),
 )  # fmt: skip
 HEADING = f"{'model':11} {'weights':7} {'grid':6} {'threads':>7} {'options':34} {'MPI':7} {'seconds':>7}  digest"
 
