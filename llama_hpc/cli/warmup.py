@@ -60,7 +60,7 @@ def _compile(formats, kv_caches, threads: tuple[int, ...]) -> str:
         pool = Pool(count)
         for weights_format in formats:
             for kv_cache in sorted({cache_format(asked, weights_format) for asked in kv_caches}):
-                warm_up(weights_format, pool, MPI.COMM_SELF, kv_cache)
+                warm_up(weights_format, pool, MPI.COMM_SELF, kv_cache, context=True)
             warm_up_quantizing(weights_format, count)
         pool.close()
     folder = os.environ.get("NUMBA_CACHE_DIR", "")

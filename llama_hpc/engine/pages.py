@@ -38,7 +38,7 @@ class PagePool:
     @property
     def available(self) -> int:
         """Pages that ``take`` can still give."""
-        return sum(self.room())
+        return sum(map(len, self._free)) + sum(map(len, self._kept))
 
     def room(self) -> list[int]:
         """Pages that ``take`` can still give of each part."""

@@ -30,6 +30,8 @@ def pages_of(positions: int) -> int:
 
 def pages_by_part(first: int, stop: int, parts: int, first_part: int = 0) -> list[int]:
     """How many of a sequence's pages first … stop - 1 lie in each part, where its first block lies in ``first_part``."""
+    if parts == 1:
+        return [max(0, stop - first)]
     counts = [0] * parts
     for block in range(first // BLOCK_PAGES, -(-stop // BLOCK_PAGES)):
         counts[(block + first_part) % parts] += max(0, min(stop, (block + 1) * BLOCK_PAGES) - max(first, block * BLOCK_PAGES))

@@ -133,6 +133,8 @@ OPTIONS = {
     "a cache for nobody but in q8": usage("the KV cache holds 0 tokens", "raise --kv-memory, give --kv-cache q8, or lower",
                                           options="--kv-memory 8K"),
     "a budget of nothing": usage("--token-budget: must be a whole number of at least 1, got '0'", options="--token-budget 0"),
+    "no group": usage("--context-parallel: must be a whole number of at least 1, got '0'", options="--context-parallel 0"),
+    "no grid of such groups": usage("no grid of {n} ranks", "--context-parallel 2", options="--context-parallel 2"),
     "unknown reduce mode": usage("--reduce: invalid choice: 'magic'", options="--reduce magic"),
     "no target": usage("--slo: 'fast' is no target: give METRIC.pN=SECONDS", options="--slo fast"),
     "targets without arrivals": usage("--slo sets targets for requests that arrive over time: give each prompt its arrival_s",

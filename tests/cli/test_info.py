@@ -184,7 +184,19 @@ def test_ranks_are_shown_by_host_as_a_run_orders_them(mpirun, tiny, tmp_path):
     assert [(r["replica"], r["host"]) for r in parsed(job.stdout)[2]] == [("0", "a"), ("0", "a"), ("1", "b"), ("1", "b")]
 
 
+@needs_smollm2
+def test_ranks_that_deal_out_positions(capsys):
+    """Query heads 0-3 and 4-8 use KV heads 0-1 and 1-2: together they hold all three, each for half of the positions."""
+    length = ["--max-seqs", 1, "--max-seq-len", 1024]
+    _, _, rows = info(capsys, "smollm2", "--grid", "1x1x2", "--context-parallel", 2, *length)
+    assert [(r["query heads"], r["KV heads"]) for r in rows] == [("0-3", "0-2"), ("4-8", "0-2")]
+    assert {r["KV cache"] for r in rows} == {f"{512 * 30 * 3 * 64 * 2 * 2 / 2**20:.2f} MiB"}
+    assert info(capsys, "smollm2", "--context-parallel", 3, *length)[1].startswith("grid 1x1x3")
+
+
 REFUSED = [
+    (["--grid", "1x1x3", "--context-parallel", "2"], "--context-parallel is 2, which does not divide 3 tensor ranks"),
+    (["--context-parallel", "9"], "tensor dimension is 9, but this model has 8 query heads"),
     (["--grid", "1x1x9"], "tensor dimension is 9, but this model has 8 query heads"),
     (["--grid", "1x5x1"], "pipeline dimension is 5, but this model has 4 layers"),
     (["--grid", "2x2"], "DxPxT"),

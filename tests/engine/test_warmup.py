@@ -109,8 +109,9 @@ def test_runs_and_quantising_compile_nothing(warm, report, model, prompts, tmp_p
 
 
 def test_ranks_that_split_layers_compile_nothing(warm, report, model, prompts, tmp_path):
-    lines = [["run", model, "--prompts", prompts, "--output", tmp_path / f"{weights}.h5", "--weights", weights, "--max-tokens", 3,
-              "--grid", "1x1x2"] for weights in ("q3_5", "f32")]
+    lines = [["run", model, "--prompts", prompts, "--output", tmp_path / f"{weights}-{context}.h5", "--weights", weights,
+              "--max-tokens", 3, "--grid", "1x1x2", "--context-parallel", context]
+             for weights in ("q3_5", "f32") for context in (1, 2)]
     ranks, _ = report(*lines, n=2)
     assert len(ranks) == 2
     assert all((compiled, passes) == (0, 0) and loaded > 0 for compiled, loaded, passes, _ in ranks)

@@ -114,3 +114,18 @@ def test_grids_that_a_model_allows():
         check_grid(config, GridShape(1, 1, 10))
     with pytest.raises(UsageError, match=r"grid 1x31x1: .*pipeline dimension is 31.*30 layers; use at most 30"):
         check_grid(config, GridShape(1, 31, 1))
+
+
+@models
+def test_a_group_that_deals_out_positions_holds_the_kv_heads_of_all_its_ranks(name):
+    config = SHAPES[name]
+    for size, alone in shares(config):
+        for context in (n for n in range(2, size + 1) if size % n == 0):
+            held = [TensorShare.of(config, size, index, context) for index in range(size)]
+            assert [(s.query_heads, s.ffn, s.vocabulary) for s in held] == [(s.query_heads, s.ffn, s.vocabulary) for s in alone]
+            assert [s.context_index for s in held] == [*range(context)] * (size // context)
+            for first in range(0, size, context):
+                group, own = held[first : first + context], alone[first : first + context]
+                assert len({(s.kv_heads, s.group_heads) for s in group}) == 1
+                assert set(group[0].kv_heads) == {head for s in own for head in s.kv_heads}
+                assert joined(s.query_heads for s in own) == list(group[0].group_heads)

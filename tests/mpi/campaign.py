@@ -27,6 +27,7 @@ LAYOUTS = (
             "--no-prefix-sharing", "--reduce mpi", "--reduce one-sided", "--sequence-parallel 1",
             "--reduce mpi --overlap 2",
             "--micro-batches 4 --decode-micro-batch 3")))),
+    *(Layout(grid, options=f"--context-parallel {grid[-1]}") for grid in ("1x1x3", "2x2x2")),
 )  # fmt: skip
 HEADING = f"{'model':11} {'weights':7} {'grid':6} {'threads':>7} {'options':34} {'MPI':7} {'seconds':>7}  digest"
 
