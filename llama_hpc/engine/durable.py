@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -144,7 +145,10 @@ class Durable:
         self.folder.remove()
 
     def abandon(self) -> None:
-        """First rank: the run has failed. What is finished stays for the next one."""
+        """The run has failed. What is finished stays for the next one. Not collective."""
+        with suppress(ResultsError):
+            if self.writer:
+                self.writer.close()
         if not self.folder.parts:
             self.folder.remove()
 

@@ -47,8 +47,7 @@ class Job(ModelJob):
                 with Stop(self.args.time_limit) as stop:
                     self._answer(ready, done, stop)
         except BaseException:
-            if self.first:
-                self.durable.abandon()
+            self.durable.abandon()
             raise
         return 0
 

@@ -58,7 +58,7 @@ class Replica(StepLoop):
         self._samples_left: dict[int, int] = {}                 # of each request that is being answered
         self.outputs: list[Output] = []
         self._keep, self._done, self.finished = keep or self.outputs.append, done, 0
-        self._stop, self._stopping, self._looked = stop or Stop(), False, 0.0
+        self._stop, self._stopping, self._looked = stop, False, 0.0
         # Only the leader's limits count; on the last stage, what it waits for is the stages before.
         self.adapter = Adapter(plan.limits, plan.max_seqs, plan.targets, plan.depth) if plan.adapt else None
 
@@ -109,7 +109,7 @@ class Replica(StepLoop):
         """Whether some rank has a reason to stop; all are told of this one's."""
         if self._stopping:
             return True
-        if self._stop.reason:
+        if self._stop and self._stop.reason:
             self._stopping = True
             self.counters.add(STOP, 1)
         elif self.outcomes.leads and self.counters.comm.size > 1 and time.monotonic() - self._looked > _LOOK:

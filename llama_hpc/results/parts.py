@@ -77,19 +77,29 @@ class ProgressFolder:
 
         Raises ResultsError where another job still has it after ``patience`` seconds.
         """
+        end = time.monotonic() + patience
         try:
-            self.path.mkdir(exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            end = time.monotonic() + patience
-            while not try_lock(self._lock):
+            while self._lock is None:
+                self.path.mkdir(exist_ok=True)
+                descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                if try_lock(descriptor) and self._is_the_lock(descriptor):
+                    self._lock = descriptor
+                    break
+                who = _holder(descriptor)
+                os.close(descriptor)
                 if time.monotonic() > end:
-                    raise ResultsError(f"{self.output} is being written by {_holder(self._lock)}: wait for its end, or give "
-                                       "another output")
+                    raise ResultsError(f"{self.output} is being written by {who}: wait for its end, or give another output")
                 time.sleep(_LOOK)
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, json.dumps(holder).encode(), 0)
         except OSError as error:
             raise ResultsError(f"cannot keep progress in {self.path}: {error.strerror}") from None
+
+    def _is_the_lock(self, descriptor: int) -> bool:
+        """Whether an open file is still the one that others find: a job that has ended removes its own."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path / "lock"))
+        return False
 
     def release(self) -> None:
         """Gives the lock back."""
@@ -180,10 +190,11 @@ class ProgressFolder:
         return found
 
     def remove(self) -> None:
-        """All of it: the output is complete."""
-        self.release()
-        with contextlib.suppress(OSError):
-            shutil.rmtree(self.path)
+        """All of it, if the lock is held: nothing of it is needed any more."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self.path)
+            self.release()
 
     def clear(self) -> None:
         """Forgets what earlier runs have done; the lock stays."""

@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import json
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -130,6 +132,27 @@ def test_a_second_job_is_told_who_has_the_output(tmp_path, held):
     held(folder.path / "lock", 30)
     with pytest.raises(ResultsError, match=r"out.h5 is being written by process 1: wait for its end, or give another output"):
         ProgressFolder(tmp_path / "out.h5").lock({}, 0)
+
+
+def test_whoever_fails_to_lock_removes_nothing(tmp_path, held):
+    folder = folder_with(tmp_path)
+    folder.release()
+    held(folder.path / "lock", 30)
+    other = ProgressFolder(tmp_path / "out.h5")
+    with pytest.raises(ResultsError):
+        other.lock({}, 0)
+    other.remove()
+    assert (folder.path / "lock").exists()
+
+
+def test_a_lock_whose_job_ends_meanwhile_is_made_anew(tmp_path):
+    """Another job holds it, and removes the folder when it is done."""
+    first, second = folder_with(tmp_path), ProgressFolder(tmp_path / "out.h5")
+    ending = threading.Timer(0.5, first.remove)
+    ending.start()
+    second.lock({"process": 2}, 20)
+    ending.join()
+    assert second.in_use() and json.loads((second.path / "lock").read_text()) == {"process": 2}
 
 
 def test_a_lock_that_is_given_back_in_time_is_waited_for(tmp_path, held):
