@@ -102,16 +102,19 @@ class Job(ModelJob):
         on_first(self.comm, self._write, found.outputs, reports)
 
     def _write(self, outputs: list[Output], reports: list[RankReport]) -> None:
+        stopped, samples = self.facts["stopped"], sum(request.params.n for request in self.requests)
+        if len(outputs) != samples and not stopped:
+            raise ResultsError(f"{self.durable.folder.path} has {len(outputs)} of {samples} answers, although all were found: its "
+                               "file system has lost some, --resume computes them again")
         lines, warnings = summary(reports)
         tables = arrays(reports)
-        if self.requests[0].arrival_s is not None:
+        if outputs and self.requests[0].arrival_s is not None:
             latency = report(outputs, self.targets)
             lines, tables = lines + latency.lines(), tables | latency.arrays()
         for line in lines:
             _LOG.info("%s", line)
         for line in warnings:
             _LOG.warning("%s", line)
-        stopped, samples = self.facts["stopped"], sum(request.params.n for request in self.requests)
         try:
             digest = write_results(self.args.output, self.requests, self.texts, outputs, self.facts, tables,
                                    status="incomplete" if stopped else "complete",
