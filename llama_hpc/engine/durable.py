@@ -149,8 +149,8 @@ class Durable:
         with suppress(ResultsError):
             if self.writer:
                 self.writer.close()
-        if not self.folder.parts:
-            self.folder.remove()
+            if self.folder.is_empty():
+                self.folder.remove()
 
 
 def on_first_only(job: ModelJob, function, elsewhere):

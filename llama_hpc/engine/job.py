@@ -104,8 +104,8 @@ class Job(ModelJob):
     def _write(self, outputs: list[Output], reports: list[RankReport]) -> None:
         stopped, samples = self.facts["stopped"], sum(request.params.n for request in self.requests)
         if len(outputs) != samples and not stopped:
-            raise ResultsError(f"{self.durable.folder.path} has {len(outputs)} of {samples} answers, although all were found: its "
-                               "file system has lost some, --resume computes them again")
+            raise ResultsError(f"{self.durable.folder.path} has {len(outputs)} of {samples} answers, all of which were "
+                               "found: its file system has lost some, --resume computes them again")
         lines, warnings = summary(reports)
         tables = arrays(reports)
         if outputs and self.requests[0].arrival_s is not None:

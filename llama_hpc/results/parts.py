@@ -161,6 +161,17 @@ class ProgressFolder:
             finally:
                 os.close(descriptor)
 
+    def is_empty(self) -> bool:
+        """Whether there is no answer in any part, and nobody who might add one. Raises ResultsError for damaged files."""
+        for path in self.parts:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if not try_lock(descriptor, fcntl.LOCK_SH) or len(read_records(path).payloads) > 1:
+                    return False
+            finally:
+                os.close(descriptor)
+        return True
+
     def read(self, rescue: Path | None = None) -> Found:
         """Everything that is finished, each answer once. ``rescue``: another folder with parts.
 

@@ -83,6 +83,16 @@ def test_answers_of_all_runs_and_replicas_are_found_once(tmp_path):
     assert folder.next_run == 11
 
 
+def test_a_part_without_answers_is_empty_unless_somebody_writes_it(tmp_path, held):
+    assert folder_with(tmp_path).is_empty()
+    folder = folder_with(tmp_path, ((0, 0), []), ((0, 1), []))
+    assert folder.is_empty()
+    held(folder.part(0, 1), 30)
+    assert not folder.is_empty()
+    folder.release()
+    assert not folder_with(tmp_path, ((0, 0), [an_output(1)])).is_empty()
+
+
 def test_two_different_answers_are_an_error(tmp_path):
     folder = folder_with(tmp_path, ((0, 0), [an_output(1)]), ((1, 0), [an_output(1, tokens=(3, 1, 5))]))
     with pytest.raises(ResultsError, match=r"two different answers to request 1 \(sample 0\), of runs 0 and 1"):
