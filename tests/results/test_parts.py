@@ -85,10 +85,10 @@ def test_answers_of_all_runs_and_replicas_are_found_once(tmp_path):
 
 def test_a_part_without_answers_is_empty_unless_somebody_writes_it(tmp_path, held):
     folder = folder_with(tmp_path, ((0, 0), []), ((0, 1), []))
+    folder.release()
     assert folder.is_empty()
     held(folder.part(0, 1), 30)
     assert not folder.is_empty()
-    folder.release()
     assert not folder_with(tmp_path, ((0, 0), [an_output(1)])).is_empty()
 
 
