@@ -218,7 +218,11 @@ def test_one_line_and_nothing_left(mpirun, models, tmp_path, name, n):
         assert text.replace("{n}", str(n)) in lines[0]
     assert job.returncode == case.code
     assert "Traceback" not in job.stderr
-    assert contents(tmp_path) == {case.file: case.prompts}
+    left = contents(tmp_path)
+    if "in a replica" in name and n > 1:
+        # The first rank cannot tell what other replicas may have finished when one ends the job.
+        left.pop("out.h5.progress", None)
+    assert left == {case.file: case.prompts}
 
 
 def run_with_fault(mpirun, models, folder, fault, n):
