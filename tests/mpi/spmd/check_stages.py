@@ -3,10 +3,19 @@
 import numpy as np
 import pytest
 
+from llama_hpc.comm import pipeline
 from llama_hpc.comm.outcomes import Outcomes
 from llama_hpc.comm.pipeline import StageChannel
 
 HIDDEN = 24
+
+
+@pytest.fixture(params=["one node", "nodes"])
+def place(request, monkeypatch):
+    """Stages on one node, or each on a node of its own: then steps travel in pieces, here of 40 numbers."""
+    if request.param == "nodes":
+        monkeypatch.setattr(pipeline, "PIECE", 160)
+        monkeypatch.setattr(pipeline, "_nodes", lambda comm: list(range(comm.size)))
 
 
 def step(channel, residual, rows, fault=0):
@@ -17,7 +26,7 @@ def step(channel, residual, rows, fault=0):
     return fault
 
 
-def test_every_step_passes_all_stages_in_its_own_rows(comm):
+def test_every_step_passes_all_stages_in_its_own_rows(comm, place):
     micro_batches, rounds, rng = 3, 20, np.random.default_rng(5)
     rows = rng.integers(1, 9, (rounds, micro_batches))          # the same on every rank
     channel, residual = StageChannel(comm, micro_batches, 8, HIDDEN), np.zeros((8, HIDDEN), np.float32)
@@ -37,8 +46,10 @@ def test_every_step_passes_all_stages_in_its_own_rows(comm):
     assert channel.bytes_sent == (sent if comm.rank < comm.size - 1 else 0)
 
 
-def test_many_steps_are_under_way_at_once(comm):
+def test_many_steps_are_under_way_at_once(comm, place, monkeypatch):
     """A stage sends all of them, 1 MB each, before the next one receives the first."""
+    if pipeline.PIECE == 160:
+        monkeypatch.setattr(pipeline, "PIECE", 32 << 10)
     micro_batches, rows, wide = 4, 64, 4096
     channel, residual = StageChannel(comm, micro_batches, rows, wide), np.zeros((rows, wide), np.float32)
     for stage in range(comm.size):
@@ -52,7 +63,7 @@ def test_many_steps_are_under_way_at_once(comm):
 
 
 @pytest.mark.parametrize("code", [1, 0x7FA00001, 0x7F80000100000001, 2**63 - 1])
-def test_a_fault_code_reaches_all_later_stages(comm, code):
+def test_a_fault_code_reaches_all_later_stages(comm, place, code):
     channel, residual = StageChannel(comm, 2, 3, HIDDEN), np.zeros((3, HIDDEN), np.float32)
     for origin in range(comm.size):
         seen = step(channel, residual, 3, code if comm.rank == origin else 0)
