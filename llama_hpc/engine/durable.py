@@ -14,7 +14,7 @@ from typing import Any
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.model_job import ModelJob
 from llama_hpc.errors import ResultsError, UsageError
-from llama_hpc.results import check_output_path, read_results
+from llama_hpc.results import read_results
 from llama_hpc.results.part_writer import PartWriter
 from llama_hpc.results.parts import Found, ProgressFolder, check_same_job, try_lock
 from llama_hpc.results.records import framed, output_record
@@ -62,7 +62,6 @@ class Durable:
         """
         self.identity = identity
         exists = os.path.isfile(self.output)
-        check_output_path(self.output, self.overwrite or self.resume)
         if self.rescue and not self.rescue.is_dir():
             raise UsageError(f"--rescue {self.rescue} is not a folder: create it or give another")
         holder = {"process": os.getpid(), "host": hostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -138,7 +137,8 @@ class Durable:
         with agreed(job.comm, "keeping the answers"):
             if self.writer:
                 self.writer.close()
-        return on_first_only(job, lambda: self.folder.read(self.rescue), Found())
+        with agreed(job.comm, "reading the progress"):
+            return self.folder.read(self.rescue) if job.first else Found()
 
     def end(self) -> None:
         """First rank: the output is complete."""
@@ -151,9 +151,3 @@ class Durable:
                 self.writer.close()
             if self.folder.is_empty():
                 self.folder.remove()
-
-
-def on_first_only(job: ModelJob, function, elsewhere):
-    """``function()`` on the first rank, ``elsewhere`` on others; fails on all or none. Collective over the job."""
-    with agreed(job.comm, "reading the progress"):
-        return function() if job.first else elsewhere

@@ -108,7 +108,8 @@ class PartWriter:
         """Behind what is safe; a file system that was away wants the file to be opened anew."""
         self._written = 0
         with contextlib.suppress(OSError):
-            again = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            # What is safe lies in the file: one that has vanished must not come back without it.
+            again = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
             os.dup2(again, self._file, inheritable=False)
             os.close(again)
             self._lock(self._file)

@@ -12,7 +12,7 @@ _SAME = 3.0                     # seconds in which a launcher may pass on one wi
 
 
 def scheduler_end() -> float | None:
-    """When the scheduler will end the job, in seconds of time.time(); None where it does not say (SLURM from 23.02 on does)."""
+    """When the scheduler will end the job, in seconds of time.time(); None where its environment does not say."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdecimal() and int(text) else None
 

@@ -3,6 +3,7 @@
 from functools import cache as cached
 
 import numpy as np
+from kernel_inputs import normal
 
 from llama_hpc.kernels import reference
 from llama_hpc.kernels.cpu import attention, kv_store
@@ -25,17 +26,6 @@ def operate(threads, function, dtype, **fields):
     program.add("test", function, dtype, ONE_TASK.record(threads), **fields)
     program.run()
     return int(program.status[0])
-
-
-def assert_same(actual, expected):
-    """Equal dtypes, shapes and bits."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    bits = f"u{actual.dtype.itemsize}"
-    np.testing.assert_array_equal(np.ascontiguousarray(actual).view(bits), np.ascontiguousarray(expected).view(bits))
-
-
-def normal(shape, seed=0, size=1.0):
-    return (np.random.default_rng(seed).standard_normal(shape) * size).astype(np.float32)
 
 
 def queries(rows, head_dim, seed=5, heads=5):

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from kv_caches import DTYPES, Cache, assert_same, operate, queries
+from kernel_inputs import assert_same
+from kv_caches import DTYPES, Cache, operate, queries
 
 from llama_hpc.kernels.cpu import attention, elementwise
 from llama_hpc.kernels.cpu.activations import Activation

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from kv_caches import DTYPES, Cache, assert_same, operate, pool, queries
+from kernel_inputs import assert_same
+from kv_caches import DTYPES, Cache, operate, pool, queries
 
 from llama_hpc.kernels.cpu import attention, kv_store
 from llama_hpc.kernels.cpu import context_attention as context

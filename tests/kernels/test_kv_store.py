@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from kv_caches import DTYPES, Cache, assert_same, normal, operate
+from kernel_inputs import assert_same, normal
+from kv_caches import DTYPES, Cache, operate
 
 from llama_hpc.kernels import reference
 from llama_hpc.kernels.cpu import kv_store
