@@ -36,5 +36,9 @@ class ResultsError(LlamaHpcError):
     """The result file cannot be written or read."""
 
 
+class RankLost(LlamaHpcError):
+    """Another rank has died, or has left what ranks were doing together because of that."""
+
+
 class LaunchError(LlamaHpcError):
     """The processes were not started as one MPI job."""

@@ -72,10 +72,13 @@ class Grid:
         """Collective over ``comm``; raises UsageError (on every rank) when the shape does not fill it."""
         shape.check_size(comm.size)
         world = comm.Split(0, _node_order(comm))
-        cartesian = world.Create_cart((shape.data, shape.pipeline, shape.tensor), reorder=False)
-        data_index, stage, tensor_index = cartesian.coords
-        return cls(shape, world, cartesian.Sub((False, True, True)), cartesian.Sub((False, True, False)),
-                   cartesian.Sub((False, False, True)), cartesian.Sub((True, False, True)), data_index, stage, tensor_index)
+        # Row-major, as MPI_Cart_create numbers its ranks; a Cartesian topology of MPI is not among what may outlive a rank.
+        rest, tensor_index = divmod(world.rank, shape.tensor)
+        data_index, stage = divmod(rest, shape.pipeline)
+        def axis(color: int) -> MPI.Comm:
+            return world.Split(color, world.rank)
+        return cls(shape, world, axis(data_index), axis(data_index * shape.tensor + tensor_index), axis(rest), axis(stage),
+                   data_index, stage, tensor_index)
 
     @property
     def last_stage(self) -> bool:

@@ -14,14 +14,16 @@ from ..numerics import OUT_OF_RANGE, OUTPUT_LIMIT, UNFIXED
 from .memory import atomic_add, atomic_load, atomic_or, atomic_store, float32_at, int32_at, int64_at, record, record_pointer
 from .operation import operation
 from .team import SCRATCH, begin, chunk, member_words, work_at
-from .waiting import advance, wait
+from .waiting import advance, wait_unless
 
 SUM, MAXIMUM, BITS, FINISH, OWNED = range(5)
 ARRIVED, PHASE, MEETING_WORDS = 0, 8, 16        # words of a meeting point: each on a line of its own; behind PHASE its sleepers
 STEP = 512                      # numbers of a task
+GONE = 1                        # status of a meeting to which not all will come
 
-# meeting: address of a meeting point of ``ranks`` processes; spins: looks at it before sleeping; spent: an int64, nanoseconds.
-MEETING = record("team", "status", "work", "meeting", "ranks", "spins", "spent")
+# meeting: address of a meeting point of ``ranks`` processes; spins: looks at it before sleeping; spent: an int64, nanoseconds;
+# alarm: address of what ends the waiting (see ``waiting.Alarm``), or 0.
+MEETING = record("team", "status", "work", "meeting", "ranks", "spins", "spent", "alarm")
 # parts: int64 addresses [ranks] of arrays [rows, columns]: int64, for BITS float32; rows: an int64. target: what SUM and MAXIMUM
 # (int64) and BITS (float32) make of them, FINISH adds to: float32 [rows, columns]; bias: float32 [columns], or 0; offset: an
 # int64, the first of the rows, or 0. OWNED: the rows from rows * rank // ranks on are in the part of that rank alone; rank: the
@@ -56,14 +58,15 @@ def _monotonic(typing_context):
 
 
 @njit(cache=True)
-def meet(meeting, ranks, spins):
-    """Waits until so many have come to the meeting point."""
+def meet(meeting, ranks, spins, alarm):
+    """Waits until so many have come to the meeting point, or the alarm rings: then nobody meets there any more. Returns whether
+    it rings."""
     phase = atomic_load(meeting + 8 * PHASE)
     if atomic_add(meeting + 8 * ARRIVED, 1) + 1 == ranks:
         atomic_store(meeting + 8 * ARRIVED, 0)
         advance(meeting + 8 * PHASE)
-    else:
-        wait(meeting + 8 * PHASE, phase, spins)
+        return False
+    return wait_unless(meeting + 8 * PHASE, phase, spins, alarm)
 
 
 @operation
@@ -72,7 +75,8 @@ def meet_operation(member, where):
     op = carray(_meeting_at(where), 1)[0]
     if member == 0:
         start = _monotonic()
-        meet(op.meeting, op.ranks, op.spins)
+        if meet(op.meeting, op.ranks, op.spins, op.alarm):
+            atomic_or(op.status, GONE)
         int64_at(op.spent)[0] += _monotonic() - start
 
 

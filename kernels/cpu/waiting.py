@@ -6,8 +6,10 @@ Sleeping is futex(2); behind a word that is waited for lies the number of thread
 system call only where somebody sleeps.
 """
 
+import ctypes
 import platform
 import time
+from collections.abc import Callable
 from functools import cache
 
 from llvmlite import ir
@@ -51,14 +53,24 @@ def nap(typing_context, microseconds):
 
 
 @intrinsic
-def _futex(typing_context, where, operation, value):
-    """futex(2) without a time limit."""
+def _futex(typing_context, where, operation, value, limit):
+    """futex(2); ``limit``: address of a struct timespec, or 0 for no time limit."""
     def codegen(context, builder, signature, arguments):
         word = ir.IntType(64)
-        where, operation, value = arguments
-        _libc(builder, "syscall", word, [word(_FUTEX), where, operation, value, word(0), word(0), word(0)])
+        where, operation, value, limit = arguments
+        _libc(builder, "syscall", word, [word(_FUTEX), where, operation, value, limit, word(0), word(0)])
         return context.get_dummy_value()
-    return types.void(types.int64, types.int64, types.int64), codegen
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _call(typing_context, function):
+    """Calls the C function void (*)(void) at an address."""
+    def codegen(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), []).as_pointer()
+        builder.call(builder.inttoptr(arguments[0], kind), [])
+        return context.get_dummy_value()
+    return types.void(types.int64), codegen
 
 
 @njit(cache=True)
@@ -72,7 +84,7 @@ def wait(where, value, spins):
     atomic_add(sleepers, 1)
     while atomic_load(where) == value:
         if _FUTEX:
-            _futex(where, _WAIT, value)
+            _futex(where, _WAIT, value, 0)
         else:
             nap(_NAP)
     atomic_add(sleepers, -1)
@@ -84,7 +96,55 @@ def advance(where):
     """Adds 1 to a word and wakes who sleeps on it."""
     atomic_add(where, 1)
     if atomic_load(where + 8) > 0 and _FUTEX:
-        _futex(where, _WAKE, _EVERYBODY)
+        _futex(where, _WAKE, _EVERYBODY, 0)
+
+
+class Alarm:
+    """What ends waits for other processes, of which one may be gone for ever: ``words`` int64, whether it rings, the address of
+    the function that looks, and a struct timespec with the time between two looks.
+
+    ``look`` returns whether there is a reason to ring; who waits calls it, in the waiting thread. Once it rings, waits end at
+    once, and what they waited for is not there.
+    """
+
+    def __init__(self, look: Callable[[], bool], milliseconds: int = 20):
+        self.words = aligned(4, "i8")
+        self._reason = look
+        self._function = ctypes.CFUNCTYPE(None)(self.look)
+        self.words[:] = 0, ctypes.cast(self._function, ctypes.c_void_p).value, 0, milliseconds * 1_000_000
+        self.address = address(self.words)
+
+    @property
+    def rings(self) -> bool:
+        return bool(self.words[0])
+
+    def look(self) -> bool:
+        """Rings if there is a reason to; returns whether it rings."""
+        self.words[0] |= bool(self._reason())
+        return self.rings
+
+
+@njit(cache=True)
+def wait_unless(where, value, spins, alarm):
+    """``wait``, which ends when the alarm at this address rings (0: there is none); returns whether it rings."""
+    if not alarm:
+        wait(where, value, spins)
+        return False
+    for _ in range(spins):
+        if atomic_load(where) != value:
+            return False
+        _pause()
+    sleepers = where + 8
+    atomic_add(sleepers, 1)
+    while atomic_load(where) == value and not atomic_load(alarm):
+        if _FUTEX:
+            _futex(where, _WAIT, value, alarm + 16)
+        else:
+            nap(_NAP)
+        if atomic_load(where) == value:
+            _call(atomic_load(alarm + 8))
+    atomic_add(sleepers, -1)
+    return atomic_load(alarm) != 0
 
 
 @njit(cache=True)

@@ -91,6 +91,8 @@ def add_durability(parser: argparse.ArgumentParser) -> None:
                             "(default: %(default)g)")
     group.add_argument("--rescue", metavar="FOLDER",
                        help="where finished answers go when the output's file system fails; give it with --resume again")
+    group.add_argument("--spares", type=whole(0), default=0, metavar="N",
+                       help="under mpirun --with-ft ulfm: ranks that wait to take the places of lost ones (default: %(default)s)")
 
 
 def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True):

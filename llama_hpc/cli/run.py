@@ -14,7 +14,8 @@ from llama_hpc.cli.options import (
     memory_size,
     whole,
 )
-from llama_hpc.cli.start import start
+from llama_hpc.cli.start import checked_world, start
+from llama_hpc.runtime.launch import fault_tolerant
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -75,14 +76,28 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Collective over the world, one call a rank. Returns 0; errors are exceptions."""
-    settings, comm, node, (params, targets) = start(args, _read)
-    from llama_hpc.engine.job import Job
-    return Job(args, settings, comm, node, params, targets).run()
+    if not fault_tolerant():
+        settings, comm, node, (params, targets) = start(args, _read)
+        from llama_hpc.engine.job import Job
+        return Job(args, settings, comm, node, params, targets).run()
+
+    comm = checked_world()
+    from llama_hpc.comm.survivors import Survivors
+    survivors = Survivors(comm)
+    def job():
+        settings, comm, node, (params, targets) = start(args, _read, survivors.comm)
+        from llama_hpc.engine.survival import SurvivingJob
+        return SurvivingJob(args, settings, comm, node, params, targets, survivors)
+    return survivors.persist(job).run()
 
 
 def _read(args: argparse.Namespace) -> tuple:
     """(sampling settings of all prompts, targets for latencies)."""
     from llama_hpc.engine.latency import parse_targets
+    from llama_hpc.errors import UsageError
+    if args.spares and not fault_tolerant():
+        raise UsageError("--spares keeps ranks for those that are lost, which needs a job that may lose some: start it with "
+                         "mpirun --with-ft ulfm (Open MPI 5)")
     return sampling_params(args), parse_targets(args.slo) if args.slo is not None else []
 
 

@@ -8,7 +8,9 @@ from mpi4py import MPI
 
 from llama_hpc.comm.exchange import Exchange
 from llama_hpc.comm.reduce import Region, TensorReducer
+from llama_hpc.errors import RankLost
 from llama_hpc.kernels.cpu.memory import address
+from llama_hpc.kernels.cpu.waiting import Alarm
 
 _LOOKS = 1000                   # at the flags before other processes get the core
 
@@ -29,8 +31,9 @@ class OneSidedReducer(TensorReducer):
 
     mode = "one-sided"
 
-    def __init__(self, comm: MPI.Comm):
+    def __init__(self, comm: MPI.Comm, alarm: Alarm | None = None):
         super().__init__(comm)
+        self._alarm = alarm
         self._others = [rank for rank in range(comm.size) if rank != comm.rank]
         self._flags_window = MPI.Win.Allocate(8 * comm.size, 8, comm=comm)
         self._flags = np.frombuffer(self._flags_window.tomemory(), np.int64)
@@ -66,13 +69,15 @@ class OneSidedReducer(TensorReducer):
         return int(self._joins[0])
 
     def wait(self, window: MPI.Win, join: int) -> None:
-        """Returns when all slots of this rank are filled."""
+        """Returns when all slots of this rank are filled. Raises RankLost when the alarm rings."""
         looks = 0
         while self._flags.min() < join:
             self.test()
             looks += 1
             if looks % _LOOKS == 0:
                 time.sleep(0)
+                if self._alarm and self._alarm.look():
+                    raise RankLost("a rank of this tensor group is gone")
         window.Sync()
 
     def test(self) -> None:

@@ -3,13 +3,13 @@
 import numpy as np
 from mpi4py import MPI
 
-_FAULT, _LAST, _ADMITTED, _LIMITS, _HEAD = 0, 1, 2, 3, 6
+_FAULT, _LAST, _PAUSE, _ADMITTED, _LIMITS, _HEAD = 0, 1, 2, 3, 4, 7
 
 
 class Outcome:
-    """Decisions about one step, one int64 array: a fault code, whether it is the last one, the limits of steps from now on; for
-    every output of the step ``token``, and ``done``, 1 when the sequence has ended with it; then the requests that are admitted,
-    at most ``max_seqs``."""
+    """Decisions about one step, one int64 array: a fault code, whether it is the last one, whether to pause behind it as ranks of
+    the job are gone, the limits of steps from now on; for every output of the step ``token``, and ``done``, 1 when the sequence
+    has ended with it; then the requests that are admitted, at most ``max_seqs``."""
 
     def __init__(self, max_seqs: int):
         self.data = np.zeros(_HEAD + 3 * max_seqs, np.int64)
@@ -24,6 +24,10 @@ class Outcome:
         return bool(self.data[_LAST])
 
     @property
+    def pause(self) -> bool:
+        return bool(self.data[_PAUSE])
+
+    @property
     def limits(self) -> tuple[int, int, int]:
         """Token budget, prompt tokens, and decoding sequences of a step."""
         return tuple(self.data[_LIMITS:_HEAD].tolist())
@@ -33,9 +37,9 @@ class Outcome:
         """Numbers of the requests that this replica answers from now on."""
         return self._requests[: self.data[_ADMITTED]]
 
-    def decide(self, fault: int, last: bool, limits: tuple[int, int, int], admitted: list[int]) -> None:
+    def decide(self, fault: int, last: bool, limits: tuple[int, int, int], admitted: list[int], pause: bool = False) -> None:
         """Sets all but tokens and ends."""
-        self.data[:_HEAD] = fault, last, len(admitted), *limits
+        self.data[:_HEAD] = fault, last, pause, len(admitted), *limits
         self._requests[: len(admitted)] = admitted
 
 
@@ -49,7 +53,7 @@ class Outcomes:
     def __init__(self, comm: MPI.Comm, leader: int, depth: int, max_seqs: int):
         self.outcomes = [Outcome(max_seqs) for _ in range(depth)]
         self.leads = comm.rank == leader
-        self._comm = comm = comm.Dup()
+        self.comm = comm = comm.Dup()
         others = [rank for rank in range(comm.size) if rank != leader]
         def requests(data: np.ndarray, tag: int) -> list[MPI.Prequest]:
             if self.leads:
@@ -74,4 +78,4 @@ class Outcomes:
         """Releases the requests, none of which is under way."""
         for request in (request for ring in self._requests for request in ring):
             request.Free()
-        self._comm.Free()
+        self.comm.Free()

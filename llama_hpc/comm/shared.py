@@ -1,5 +1,8 @@
 """Joins through windows that ranks of a node share: flags and copies by compiled code, no MPI call inside of a node."""
 
+import mmap
+import os
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,33 +11,36 @@ from mpi4py import MPI
 from llama_hpc.comm.exchange import Exchange
 from llama_hpc.comm.reduce import Region, TensorReducer
 from llama_hpc.kernels.cpu.joining import FINISH, MEETING_WORDS, SUM
-from llama_hpc.kernels.cpu.memory import LINE, address
-from llama_hpc.kernels.cpu.waiting import spins_in
+from llama_hpc.kernels.cpu.memory import address
+from llama_hpc.kernels.cpu.waiting import Alarm, spins_in
+
+SHARED_FOLDER = "/dev/shm"      # of files in memory, on Linux
 
 _SPIN_SECONDS = 1e-3            # of a rank with cores of its own, before it sleeps
 _CROWDED_SECONDS = 2e-6         # where ranks share cores
 
 
 class SharedWindows:
-    """Memory that the ranks of ``comm`` share. Every method is collective over it."""
+    """Memory that the ranks of ``comm``, all on one node, share. ``allocate`` and ``meeting_point`` are collective over it.
 
-    def __init__(self, comm: MPI.Comm):
-        self.comm = comm
-        self._windows: list[MPI.Win] = []
+    Files in memory, which no longer have a name when they are used: unlike the windows of an MPI library they outlive a rank.
+    """
+
+    def __init__(self, comm: MPI.Comm, alarm: Alarm | None = None):
+        self.comm, self._alarm = comm, alarm
+        self._maps: list[mmap.mmap] = []
 
     def allocate(self, size: int) -> list[np.ndarray]:
-        """The memory of every rank, uint8 from a multiple of 64 bytes on: of this one at least ``size``."""
-        info = MPI.Info.Create()
-        # Parts that lie apart: each in memory near the rank that first writes it.
-        info["alloc_shared_noncontig"] = "true"
-        window = MPI.Win.Allocate_shared(size + LINE if size else 0, 1, info, self.comm)
-        info.Free()
-        self._windows.append(window)
-        parts = []
-        for rank in range(self.comm.size):
-            memory = np.frombuffer(window.Shared_query(rank)[0], np.uint8)
-            parts.append(memory[-address(memory) % LINE :])
-        return parts
+        """The memory of every rank, uint8 from the start of a page on: of this one ``size`` bytes. Where ranks have a part each,
+        it lies in memory near the one that first writes it."""
+        path = _new_file(size) if size else ""
+        paths = self.comm.allgather((path, size))
+        parts = [_mapped(*part) if part[1] else None for part in paths]
+        self.comm.Barrier()
+        if path:
+            os.unlink(path)
+        self._maps += [part for part in parts if part is not None]
+        return [np.frombuffer(b"" if part is None else part, np.uint8) for part in parts]
 
     def meeting_point(self, crowded: bool, spent: np.ndarray) -> dict[str, int]:
         """Where the ranks meet, as operations want it. ``crowded``: more threads than cores: who waits had better sleep."""
@@ -43,13 +49,29 @@ class SharedWindows:
         parts[0][:size] = 0
         self.comm.Barrier()
         spins = spins_in(_CROWDED_SECONDS if crowded else _SPIN_SECONDS)
-        return {"meeting": address(parts[0]), "ranks": self.comm.size, "spins": spins, "spent": address(spent)}
+        return {"meeting": address(parts[0]), "ranks": self.comm.size, "spins": spins, "spent": address(spent),
+                "alarm": self._alarm.address if self._alarm else 0}
 
     def free(self) -> None:
-        """Nothing may touch the memory any more."""
-        for window in self._windows:
-            window.Free()
-        self._windows = []
+        """Nothing may touch the memory any more; it goes when the last array that lies in it does."""
+        self._maps = []
+
+
+def _new_file(size: int) -> str:
+    descriptor, path = tempfile.mkstemp(prefix="llama_hpc-", dir=SHARED_FOLDER)
+    try:
+        os.ftruncate(descriptor, size)
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def _mapped(path: str, size: int) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)
 
 
 def _like(array: np.ndarray, memory: np.ndarray) -> np.ndarray:
@@ -68,9 +90,9 @@ class SharedReducer(TensorReducer):
     mode = "shared"
     shares_memory = True
 
-    def __init__(self, comm: MPI.Comm, crowded: bool):
+    def __init__(self, comm: MPI.Comm, crowded: bool, alarm: Alarm | None = None):
         super().__init__(comm)
-        self._windows = SharedWindows(comm)
+        self._windows = SharedWindows(comm, alarm)
         self._meeting = self._windows.meeting_point(crowded, self.nanoseconds)
 
     def region(self, array: np.ndarray) -> Region:
@@ -108,9 +130,9 @@ class CombinedReducer(TensorReducer):
 
     mode = "combined"
 
-    def __init__(self, comm: MPI.Comm, node: MPI.Comm, crowded: bool):
+    def __init__(self, comm: MPI.Comm, node: MPI.Comm, crowded: bool, alarm: Alarm | None = None):
         super().__init__(comm)
-        self._leads, self._windows = node.rank == 0, SharedWindows(node)
+        self._leads, self._windows = node.rank == 0, SharedWindows(node, alarm)
         self._meeting = self._windows.meeting_point(crowded, self.nanoseconds)
         leaders = comm.Split(0 if self._leads else MPI.UNDEFINED, comm.rank)
         self._between = TensorReducer(leaders) if self._leads else None

@@ -1,6 +1,7 @@
 """Answering requests with a loaded model: the plan for them, and the replicas at work."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.latency import Target
@@ -12,6 +13,7 @@ from llama_hpc.engine.queue import RequestQueue, in_order
 from llama_hpc.engine.replica import BatchPlan, Replica
 from llama_hpc.engine.sampling_params import is_integer
 from llama_hpc.engine.scheduler import StepLimits
+from llama_hpc.engine.summary import RankReport
 from llama_hpc.errors import UsageError
 from llama_hpc.model.kv_cache import pages_in_a_part
 from llama_hpc.model.transformer import TransformerStage
@@ -65,23 +67,60 @@ def sizes_for(plan: BatchPlan, ready: list[ReadyRequest]) -> dict[str, int]:
             "max_outputs": plan.max_seqs, "pages": plan.pages}
 
 
-def answer(job: ModelJob, stage: TransformerStage, plan: BatchPlan, ready: list[ReadyRequest], tokenizer, keep=None,
-           done: frozenset[tuple[int, int]] = frozenset(), stop: Stop | None = None) -> tuple[Replica, float, int]:
-    """This rank's part of a replica, which has the answers (on its leader); seconds; tokens in all (first rank, elsewhere 0).
+class Crew:
+    """One rank's part in a replica that can answer requests: the model loaded, the plan, and what it has done so far.
 
-    ``tokenizer``: that of the model on leaders, or None without one; ``keep``, ``done``, ``stop``: see Replica. Collective over
-    the job.
+    ``job``: on the ranks that set it up together; ``tokenizer``: that of the model on leaders, or None without one. ``number`` is
+    that of the replica among all that the job has ever had; ``taken`` are the requests that its leader has ever admitted.
     """
-    grid, eos = job.grid, eos_ids(job.checkpoint.config, tokenizer)
-    def decode(ids) -> str:
-        return tokenizer.decode(ids, continuation=True)
-    # So many requests run at a time even if each wants the most samples.
-    at_once = max(1, plan.max_seqs // max(r.params.n for r in ready))
-    order = in_order(ready, done)
-    def run(counters, start: float, tick) -> Replica:
-        queue = RequestQueue(*order, counters, grid.data_index, grid.shape.data, at_once)
-        replica = Replica(grid, stage, ready, plan, queue, counters, eos, decode if tokenizer else None, start, tick, keep,
-                          done, stop)
-        replica.run()
-        return replica
-    return job.work(len(order[0]), "prompts", "answering", run)
+
+    def __init__(self, job: ModelJob, stage: TransformerStage, plan: BatchPlan, tokenizer, number: int = 0):
+        self.job, self.stage, self.plan, self.tokenizer, self.number = job, stage, plan, tokenizer, number
+        self.replica: Replica | None = None
+        self.taken: set[int] = set()
+        self._reports: list[RankReport] = []
+
+    def answer(self, ready: list[ReadyRequest], keep=None, done: frozenset[tuple[int, int]] = frozenset(),
+               stop: Stop | None = None) -> tuple[Replica, float, int]:
+        """Answers this replica's share; ``keep``, ``done``, ``stop``: see Replica. Returns the replica, which has the answers (on
+        its leader); seconds; tokens in all (first rank, elsewhere 0). Collective over the job."""
+        order = in_order(ready, done)
+        def run(counters, start: float, tick) -> Replica:
+            grid = self.job.grid
+            queue = RequestQueue(*order, counters, grid.data_index, grid.shape.data, self.at_once(ready))
+            return self.run(ready, queue, counters, start, tick, keep=keep, done=done, stop=stop)
+        return self.job.work(len(order[0]), "prompts", "answering", run)
+
+    def run(self, ready: list[ReadyRequest], queue: RequestQueue, counters, origin: float, tick, **more) -> Replica:
+        """Answers what ``queue`` has for this replica; ``more``: see Replica. Collective over the replica."""
+        eos = eos_ids(self.job.checkpoint.config, self.tokenizer)
+        def decode(ids) -> str:
+            return self.tokenizer.decode(ids, continuation=True)
+        self._note()
+        self.replica = Replica(self.job.grid, self.stage, ready, self.plan, queue, counters, eos,
+                               decode if self.tokenizer else None, origin, tick, taken=self.taken, **more)
+        self.replica.run()
+        return self.replica
+
+    def at_once(self, ready: list[ReadyRequest]) -> int:
+        """How many requests run at a time even if each wants the most samples."""
+        return max(1, self.plan.max_seqs // max(r.params.n for r in ready))
+
+    def place(self) -> dict[str, Any]:
+        """Where this rank is, and what it has done."""
+        replica = self.replica
+        done = replica.work() | {"answers": replica.finished} if replica else {}
+        return self.job.place(self.stage) | done | {"micro_batches": self.plan.depth}
+
+    @property
+    def reports(self) -> list[RankReport]:
+        """Of every time that it answered."""
+        self._note()
+        return self._reports
+
+    def _note(self) -> None:
+        replica, grid = self.replica, self.job.grid
+        if replica is not None:
+            place = self.number, grid.stage, grid.tensor_index
+            self._reports.append(RankReport(*place, replica.work(), replica.recorder.result()))
+            self.replica = None

@@ -24,6 +24,7 @@ from llama_hpc.runtime.topology import hostname
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE = 10.0                # seconds in which the ranks of a killed job let go of its lock
+_ORPHANED = 120.0               # … or a file server finds that a node has died
 Done = frozenset[tuple[int, int]]       # requests and samples with an answer
 
 
@@ -36,6 +37,10 @@ def identity_of(ready: Sequence[ReadyRequest], weights: str, kv_cache: str) -> d
     return {"answers": sum(request.params.n for request in ready), "weights": weights, "KV cache": kv_cache,
             "prompts": f"{len(ready)} with hash {prompts.hexdigest()[:16]}",
             "sampling settings": f"of hash {sampling.hexdigest()[:16]}"}
+
+
+def _answered(found: Found) -> Done:
+    return frozenset((output.request, output.sample) for output in found.outputs)
 
 
 class Durable:
@@ -52,6 +57,7 @@ class Durable:
         self.interval, self.rescue = interval, Path(rescue) if rescue else None
         self.folder, self.found = ProgressFolder(output), Found()
         self.identity: dict[str, Any] = {}
+        self.run: int | None = None             # which one this is of the job's runs
         self.writer: PartWriter | None = None
         self.complete = False
 
@@ -64,9 +70,7 @@ class Durable:
         exists = os.path.isfile(self.output)
         if self.rescue and not self.rescue.is_dir():
             raise UsageError(f"--rescue {self.rescue} is not a folder: create it or give another")
-        holder = {"process": os.getpid(), "host": hostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        job = os.environ.get("SLURM_JOB_ID")
-        self.folder.lock(holder | ({"SLURM job": job} if job else {}), _PATIENCE if self.resume else 0)
+        self._lock(_PATIENCE if self.resume else 0)
         if not self.resume:
             if self.folder.parts and not self.overwrite:
                 raise UsageError(f"an earlier run into {self.output} was not finished: --resume goes on with it, --overwrite "
@@ -78,7 +82,29 @@ class Durable:
             self.folder.remove()
         else:
             self._take_over()
-        return frozenset((output.request, output.sample) for output in self.found.outputs)
+        self.run = self.folder.next_run
+        return _answered(self.found)
+
+    def look_again(self, identity: dict[str, Any], start_time: str) -> Done:
+        """First rank, after others were lost: what has an answer by now. It takes the lock over from a first rank that was lost.
+
+        ``start_time``: as in the provenance of this run's output; sets ``complete`` where that is there and complete.
+        """
+        self.identity = identity
+        if not self.folder.locked:
+            self._lock(_ORPHANED)
+        if os.path.isfile(self.output):
+            with read_results(self.output) as results:
+                self.complete = results.status == "complete" and results.provenance.get("start_time") == start_time
+        if self.complete:
+            self.folder.remove()
+            return frozenset()
+        return _answered(self.folder.read(self.rescue))
+
+    def _lock(self, patience: float) -> None:
+        holder = {"process": os.getpid(), "host": hostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        job = os.environ.get("SLURM_JOB_ID")
+        self.folder.lock(holder | ({"SLURM job": job} if job else {}), patience)
 
     def _is_complete(self) -> bool:
         with read_results(self.output) as results:
@@ -104,41 +130,58 @@ class Durable:
             _LOG.info("resuming: %d answers of %d earlier run%s%s", len(self.found.outputs), len(self.found.runs),
                       "s" * (len(self.found.runs) > 1), torn)
 
-    def begin(self, job: ModelJob) -> None:
-        """With the model loaded: makes each leader's part. Collective over the job. Raises UsageError, ResultsError."""
-        grid = job.grid
-        run, folder = on_first(job.comm, self._identify, job.content_hash)
-        with agreed(job.comm, "keeping the progress"):
-            if grid.is_leader:
-                if not folder.is_dir():
-                    raise ResultsError(f"{folder}, made by the first rank, is not there on {hostname()}: the output must be on a "
-                                       "file system that all nodes share")
-                header = {"replica": grid.data_index, "host": hostname(), "pid": os.getpid(), "grid": str(grid.shape),
-                          "ranks": job.comm.size, "threads": job.threads,
-                          "start_time": datetime.now(UTC).isoformat(timespec="seconds")}
-                self.writer = PartWriter(self.folder.part(run, grid.data_index), framed(header), self.interval,
-                                         rescue=self.rescue, lock=try_lock)
+    def begin(self, job: ModelJob, number: int = 0) -> None:
+        """With the model loaded: makes each leader's part, which is that of replica ``number`` for the first one of the grid.
 
-    def _identify(self, content_hash: str) -> tuple[int, Path]:
+        Collective over the job. Raises UsageError, ResultsError.
+        """
+        self.identity, self.run = on_first(job.comm, self._identify, job.content_hash)
+        with agreed(job.comm, "keeping the progress"):
+            if job.grid.is_leader:
+                self.open_part(job, number + job.grid.data_index)
+
+    def open_part(self, job: ModelJob, number: int) -> None:
+        """Leader of replica ``number``: makes the file of its answers. Not collective. Raises ResultsError."""
+        folder = self.folder.path
+        if not folder.is_dir():
+            raise ResultsError(f"{folder}, made by the first rank, is not there on {hostname()}: the output must be on a file "
+                               "system that all nodes share")
+        header = {"replica": number, "host": hostname(), "pid": os.getpid(), "grid": str(job.grid.shape), "ranks": job.comm.size,
+                  "threads": job.threads, "start_time": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.writer = PartWriter(self.folder.part(self.run, number), framed(header), self.interval, rescue=self.rescue,
+                                 lock=try_lock)
+
+    def _identify(self, content_hash: str) -> tuple[dict[str, Any], int]:
         before, now = self.folder.identity(), self.identity | {"model content": content_hash}
         if before is None:
             self.folder.identify(now)
         else:
             check_same_job(self.folder.output, before, now)
-        self.identity = now
-        return self.folder.next_run, self.folder.path
+        return now, self.run
 
     def keep(self, output: Output) -> None:
         """Leader: a finished answer. Raises ResultsError once the file system has failed for good."""
         self.writer.append(output_record(output))
 
     def collect(self, job: ModelJob) -> Found:
-        """All answers of all runs, on the first rank (elsewhere nothing). Collective over the job."""
+        """All answers of all runs, on the first rank (elsewhere nothing). Collective over the job.
+
+        Raises ResultsError where some could not be kept.
+        """
         with agreed(job.comm, "keeping the answers"):
             if self.writer:
-                self.writer.close()
+                self.writer.settle()
         with agreed(job.comm, "reading the progress"):
-            return self.folder.read(self.rescue) if job.first else Found()
+            if not job.first:
+                return Found()
+            self.identity = self.folder.identity() or self.identity
+            return self.folder.read(self.rescue)
+
+    def close(self) -> None:
+        """This rank will keep no more answers; those that it has kept are on disk. Raises ResultsError where they are not."""
+        writer, self.writer = self.writer, None
+        if writer:
+            writer.close()
 
     def end(self) -> None:
         """First rank: the output is complete."""
@@ -147,7 +190,6 @@ class Durable:
     def abandon(self) -> None:
         """The run has failed. What is finished stays for the next one. Not collective."""
         with suppress(ResultsError):
-            if self.writer:
-                self.writer.close()
+            self.close()
             if self.folder.is_empty():
                 self.folder.remove()

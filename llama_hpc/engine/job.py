@@ -4,16 +4,16 @@ import argparse
 import logging
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from mpi4py import MPI
 
-from llama_hpc.engine.answering import Batching, answer, plan_batches, sizes_for
+from llama_hpc.engine.answering import Batching, Crew, plan_batches, sizes_for
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.durable import Done, Durable, identity_of
 from llama_hpc.engine.latency import Target, report
 from llama_hpc.engine.model_job import ModelJob, ModelSettings
 from llama_hpc.engine.prepare import longest, prepare
-from llama_hpc.engine.replica import Replica
 from llama_hpc.engine.requests import read_requests
 from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.engine.summary import RankReport, arrays, summary, trace
@@ -36,41 +36,32 @@ class Job(ModelJob):
                  targets: list[Target]):
         super().__init__(settings, comm, node)
         self.args, self.params, self.targets, self.requests, self.texts = args, params, targets, [], []
+        self.identity: dict[str, Any] = {}
         self.hashes: dict[str, str] | None = {} if args.hash_weights else None
         self.durable = Durable(args.output, args.resume, args.overwrite, args.sync_interval, args.rescue)
 
     def run(self) -> int:
         """Raises what goes wrong, on every rank where all share it; returns 0."""
         try:
-            ready, done, complete = on_first(self.comm, self._read)
-            if not complete:
-                with Stop(self.args.time_limit) as stop:
-                    self._answer(ready, done, stop)
+            with Stop(self.args.time_limit) as stop:
+                self.answer_all(stop)
         except BaseException:
             self.durable.abandon()
             raise
         return 0
 
-    def _answer(self, ready: list[ReadyRequest], done: Done, stop: Stop) -> None:
-        self.open()
-        samples = sum(r.params.n for r in ready)
-        grid = self.choose_grid(samples, self.args.max_seqs, longest(ready),
-                                -(-sum(r.params.n * (len(r.prompt) + r.limit) for r in ready) // samples))
-        batching = Batching(**{field.name: getattr(self.args, field.name) for field in fields(Batching)})
-        plan = plan_batches(self, ready, batching, tuple(self.targets))
-        self.announce(f"{plan.max_seqs} sequences and {plan.pages * PAGE} tokens in the cache of a replica")
-        self.compile()
-        stage = self.make_stage(self.load(self.hashes if grid.data_index == 0 else None), **sizes_for(plan, ready))
-        tokenizer = load_tokenizer(self.checkpoint.path) if grid.is_leader else None
-        self.durable.begin(self)
-        replica, seconds, tokens = answer(self, stage, plan, ready, tokenizer, self.durable.keep, done, stop)
-        answers = self.comm.allreduce(replica.finished)
-        if self.first:
-            _LOG.info("%d answers with %d tokens in %.2f s: %.1f tokens/s", answers, tokens, seconds, tokens / seconds)
-        self.conclude(stage, seconds, replica.work() | {"answers": replica.finished}, vars(self.args), micro_batches=plan.depth)
-        self._finish(replica, samples, stop.reason)
+    def answer_all(self, stop: Stop) -> None:
+        """Everything, until there is a reason to ``stop``."""
+        ready, done, complete = on_first(self.comm, self.read)
+        if complete:
+            return
+        crew = self.set_up(ready)
+        seconds = crew.answer(ready, self.durable.keep, done, stop)[1]
+        places, reports = crew.place(), crew.reports
+        crew.stage.free()
+        self.finish(places, reports, self.grid.shape, seconds, stop.reason)
 
-    def _read(self) -> tuple[list[ReadyRequest], Done, bool]:
+    def read(self) -> tuple[list[ReadyRequest], Done, bool]:
         """First rank: everything about the prompts and the output that can be checked before a weight is read.
 
         Returns the requests, what earlier runs have answered of them, and whether that is all, and in the output.
@@ -78,34 +69,70 @@ class Job(ModelJob):
         check_output_path(self.args.output, self.args.overwrite or self.args.resume)
         if self.args.trace:
             check_output_path(self.args.trace, overwrite=True)
-        self.requests = read_requests(self.args.prompts, self.params)
-        checkpoint = self.examine()
-        tokenizer = load_tokenizer(checkpoint.path)
+        ready = self.read_prompts()
         if self.targets and self.requests[0].arrival_s is None:
             raise UsageError("--slo sets targets for requests that arrive over time: give each prompt its arrival_s")
-        ready, self.texts = prepare(self.requests, tokenizer, checkpoint.config, self.args.max_seq_len)
-        weights = weights_format(checkpoint, self.settings.weights)
-        done = self.durable.examine(identity_of(ready, weights, cache_format(self.settings.kv_cache, weights)))
-        return ready, done, self.durable.complete
+        return ready, self.durable.examine(self.identity), self.durable.complete
 
-    def _finish(self, replica: Replica, samples: int, stopped: str) -> None:
-        grid = self.grid
-        own = RankReport(grid.data_index, grid.stage, grid.tensor_index, replica.work(), replica.recorder.result())
-        hashes, reports, reasons = (self.comm.gather(part) for part in (self.hashes, own, stopped))
+    def read_prompts(self) -> list[ReadyRequest]:
+        """First rank: the requests; what decides the answers to them becomes ``identity``."""
+        self.requests = read_requests(self.args.prompts, self.params)
+        self.checkpoint = self.examine()
+        config = self.checkpoint.config
+        ready, self.texts = prepare(self.requests, load_tokenizer(self.checkpoint.path), config, self.args.max_seq_len)
+        self.weights = weights_format(self.checkpoint, self.settings.weights)
+        self.kv_cache = cache_format(self.settings.kv_cache, self.weights)
+        self.identity = identity_of(ready, self.weights, self.kv_cache)
+        return ready
+
+    def set_up(self, ready: list[ReadyRequest], number: int = 0) -> Crew:
+        """This rank's part in a replica that can answer the requests; ``number`` is that of the grid's first replica."""
+        self.open()
+        grid = self.choose_grid(*self.grid_sizes(ready))
+        batching = Batching(**{field.name: getattr(self.args, field.name) for field in fields(Batching)})
+        plan = plan_batches(self, ready, batching, tuple(self.targets))
+        self.announce(f"{plan.max_seqs} sequences and {plan.pages * PAGE} tokens in the cache of a replica")
+        self.compile()
+        stage = self.make_stage(self.load(self.hashes if grid.data_index == 0 else None), **sizes_for(plan, ready))
+        tokenizer = load_tokenizer(self.checkpoint.path) if grid.is_leader else None
+        self.durable.begin(self, number)
+        return Crew(self, stage, plan, tokenizer, number + grid.data_index)
+
+    def grid_sizes(self, ready: list[ReadyRequest]) -> tuple[int, int, int, int]:
+        """What a grid is chosen for: answers, sequences at a time, positions of the longest one and of a usual one."""
+        samples = sum(r.params.n for r in ready)
+        usual = -(-sum(r.params.n * (len(r.prompt) + r.limit) for r in ready) // samples)
+        return samples, self.args.max_seqs, longest(ready), usual
+
+    def finish(self, place: dict[str, Any] | None, reports: list[RankReport], shape, seconds: float, stopped: str) -> None:
+        """From what every rank has done to the output. ``place``: of a rank of a replica; ``reports`` of all it took part in."""
+        places, hashes, gathered, reasons = (self.comm.gather(part) for part in (place, self.hashes, reports, stopped))
         found = self.durable.collect(self)
         if self.first:
+            places = [place for place in places if place]
+            self.complete_facts(places, shape, self.durable.identity["model content"], seconds, vars(self.args),
+                                {"micro_batches": places[0]["micro_batches"]} if places else {})
             self.facts["seed"] = self.params.seed
             if self.hashes is not None:
                 self.facts["weights_sha256"] = {name: value for part in hashes for name, value in (part or {}).items()}
+            samples = sum(request.params.n for request in self.requests)
             self.facts["stopped"] = next(filter(None, reasons), "") if len(found.outputs) < samples else ""
             self.facts |= {"identity": self.durable.identity, "runs": found.runs, "torn_bytes": found.torn}
-        on_first(self.comm, self._write, found.outputs, reports)
+            gathered = [report for part in gathered for report in part]
+        on_first(self.comm, self._write, found.outputs, gathered, seconds)
+        self.durable.close()
+        self.comm.Barrier()
+        if self.first and not self.facts["stopped"]:
+            self.durable.end()
 
-    def _write(self, outputs: list[Output], reports: list[RankReport]) -> None:
+    def _write(self, outputs: list[Output], reports: list[RankReport], seconds: float) -> None:
         stopped, samples = self.facts["stopped"], sum(request.params.n for request in self.requests)
         if len(outputs) != samples and not stopped:
             raise ResultsError(f"{self.durable.folder.path} has {len(outputs)} of {samples} answers, all of which were "
                                "found: its file system has lost some, --resume computes them again")
+        own = [output for output in outputs if output.attempt == self.durable.run]
+        tokens = sum(len(output.tokens) for output in own)
+        _LOG.info("%d answers with %d tokens in %.2f s: %.1f tokens/s", len(own), tokens, seconds, tokens / max(seconds, 1e-9))
         lines, warnings = summary(reports)
         tables = arrays(reports)
         if outputs and self.requests[0].arrival_s is not None:
@@ -126,6 +153,5 @@ class Job(ModelJob):
                          samples)
         else:
             _LOG.info("results in %s, digest %s", self.args.output, digest)
-            self.durable.end()
         if self.args.trace:
             Path(self.args.trace).write_text(trace(reports), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from mpi4py import MPI
+
 from llama_hpc.comm.outcomes import Outcome, Outcomes
 from llama_hpc.comm.pipeline import StageChannel
 from llama_hpc.engine.logits import LogitsGather
@@ -73,6 +75,11 @@ class StepLoop:
             self.outcomes.wait(self._oldest())
         self.outcomes.free()
         self.channel.finish()
+
+    @property
+    def communicators(self) -> list[MPI.Comm]:
+        """Those of its own, in which ranks of the replica wait for each other."""
+        return [self.channel.comm, self.outcomes.comm]
 
     def work(self) -> dict[str, int | float | str]:
         """What this rank has done: counts of steps and tokens run; pages, and the most of them that were held at a time; bytes

@@ -14,11 +14,13 @@ from mpi4py import MPI
 from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
+from llama_hpc.comm.survivors import failed
 from llama_hpc.engine.layout import auto_grid, cache_pages
 from llama_hpc.engine.queue import COUNTERS, ENDED, FINISHED, TOKENS
 from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.target import kernels
+from llama_hpc.kernels.cpu.waiting import Alarm
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.context import shared_bytes
 from llama_hpc.model.kv_cache import cache_format
@@ -26,6 +28,7 @@ from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cache
 from llama_hpc.runtime.abort import agreed
+from llama_hpc.runtime.launch import fault_tolerant
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
 from llama_hpc.runtime.topology import available_memory, hostname, node_cores, thread_places
@@ -107,6 +110,8 @@ class ModelJob:
         context = self.settings.context_parallel
         self.share = TensorShare.of(config, shape.tensor, self.grid.tensor_index, context)
         self.context_comm = self.grid.tensor_comm.Split(self.grid.tensor_index // context, self.grid.tensor_index)
+        replica = self.grid.replica
+        self.alarm = Alarm(lambda: failed(replica)) if fault_tolerant() else None
         return self.grid
 
     def pages(self, kv_memory: int | None = None) -> tuple[int, int]:
@@ -141,7 +146,8 @@ class ModelJob:
     def _reducer(self, comm: MPI.Comm, window_bytes: int) -> TensorReducer:
         """Joins over the tensor or the context group, in shared memory where --reduce and the places of the ranks allow."""
         with agreed(self.comm, "preparing the reductions"):
-            return tensor_reducer(comm, self.settings.reduce, self.node.size * self.threads > node_cores(), window_bytes)
+            return tensor_reducer(comm, self.settings.reduce, self.node.size * self.threads > node_cores(), window_bytes,
+                                  self.alarm)
 
     def load(self, hashes: dict[str, str] | None = None) -> StageWeights:
         """This rank's weights. ``hashes`` receives those of tensors."""
@@ -178,7 +184,7 @@ class ModelJob:
         self.comm.Barrier()
         start = time.monotonic()
         with Progress(total, unit, label, show=self.show) as progress:
-            watch = _Watch(counters, progress) if self.first else None
+            watch = Watch(counters, progress) if self.first else None
             result = run(counters, start, watch)
             if self.grid.is_leader:
                 counters.add(ENDED, 1)
@@ -194,16 +200,21 @@ class ModelJob:
                  **chosen: Any) -> None:
         """Completes ``facts``: ``work`` is what this rank did, ``options`` what was asked for, ``chosen`` what was found where no
         option said so."""
-        own = {"host": hostname(), "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
-               "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(),
-               **stage.work()}
-        ranks = self.comm.gather(own | work)
+        ranks = self.comm.gather(self.place(stage) | work)
         stage.free()
-        if not self.first:
-            return
-        shape = self.grid.shape
+        if self.first:
+            self.complete_facts(ranks, self.grid.shape, self.content_hash, seconds, options, chosen)
+
+    def place(self, stage: TransformerStage) -> dict[str, Any]:
+        """Where this rank is, what it holds, and what it has joined. Not collective."""
+        return {"host": hostname(), "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
+                "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(), **stage.work()}
+
+    def complete_facts(self, ranks: list[dict[str, Any]], shape: GridShape, content_hash: str, seconds: float,
+                       options: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+        """First rank: what is known at the end. ``ranks``: ``place`` and work of each."""
         given = {name: value for name, value in options.items() if name != "command" and value is not None}
-        self.facts["model"]["content_hash"] = self.content_hash
+        self.facts["model"]["content_hash"] = content_hash
         self.facts |= {
             "weights": self.weights, "kv_cache": self.kv_cache, "ranks": self.comm.size, "threads": self.threads,
             "grid": {"data": shape.data, "pipeline": shape.pipeline, "tensor": shape.tensor},
@@ -215,14 +226,14 @@ class ModelJob:
         }
 
 
-class _Watch:
+class Watch:
     """Moves the progress bar of the first rank by the shared counters, and drives MPI for the others' one-sided calls."""
 
     def __init__(self, counters: SharedCounters, progress: Progress):
         self.counters, self.progress, self._last = counters, progress, 0.0
 
     def __call__(self) -> None:
-        self.counters.comm.Iprobe()
+        self.counters.let_others()
         if time.monotonic() - self._last >= _POLL:
             self._look()
 
@@ -234,6 +245,6 @@ class _Watch:
         """Waits until all replicas have ended; looks often, as the time until the last answer is measured."""
         while self.counters.read(ENDED) < replicas:
             time.sleep(0.01)
-            self.counters.comm.Iprobe()
+            self.counters.let_others()
             self._look()
         self._look()

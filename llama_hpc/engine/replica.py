@@ -42,12 +42,15 @@ class Replica(StepLoop):
     ``requests`` are all requests of the job, the same on every rank; ``queue`` tells the leader which ones are this replica's.
     ``decode`` turns ids into text (leader only; None without a tokenizer). Times are seconds after ``origin``. ``keep`` takes
     each finished answer on the leader (default: ``outputs`` does); pairs of request and sample that are ``done`` are left out.
-    With a reason to ``stop`` on any rank of the job, ``run`` ends at the next step and gives up what is unfinished.
+    With a reason to ``stop`` on any rank of the job, ``run`` ends at the next step and gives up what is unfinished. When the
+    leader finds that ranks of the job are ``gone``, all ranks call ``regroup(self)`` behind the same step. ``taken`` gets the
+    requests that the leader admits.
     """
 
     def __init__(self, grid: Grid, stage: TransformerStage, requests: list[ReadyRequest], plan: BatchPlan, queue: RequestQueue,
                  counters: SharedCounters, eos_ids: frozenset[int], decode, origin: float, tick=None,
-                 keep=None, done: frozenset[tuple[int, int]] = frozenset(), stop: Stop | None = None):
+                 keep=None, done: frozenset[tuple[int, int]] = frozenset(), stop: Stop | None = None,
+                 taken: set[int] | None = None, gone=None, regroup=None):
         super().__init__(grid, stage, PagePool(plan.pages, plan.sharing, stage.cache.parts), plan.depth, plan.limits.token_budget,
                          plan.max_seqs, origin, tick)
         self.requests, self.queue, self.counters, self.eos_ids, self.decode = requests, queue, counters, eos_ids, decode
@@ -59,6 +62,8 @@ class Replica(StepLoop):
         self.outputs: list[Output] = []
         self._keep, self._done, self.finished = keep or self.outputs.append, done, 0
         self._stop, self._stopping, self._looked = stop, False, 0.0
+        self._gone, self._regroup, self._pausing = gone, regroup, False
+        self._taken = set() if taken is None else taken
         # Only the leader's limits count; on the last stage, what it waits for is the stages before.
         self.adapter = Adapter(plan.limits, plan.max_seqs, plan.targets, plan.depth) if plan.adapt else None
 
@@ -75,6 +80,19 @@ class Replica(StepLoop):
 
     def apply(self, outcome: Outcome) -> None:
         self.scheduler.apply(outcome)
+        if outcome.pause:
+            self._regroup(self)
+            self._pausing = False
+            self.recorder.lap("idle")
+
+    def go_on(self, queue: RequestQueue, counters: SharedCounters, done: frozenset[tuple[int, int]], tick) -> None:
+        """In ``regroup``: with other requests from now on, beside those that are being answered."""
+        self.queue, self.counters, self._done, self.tick = queue, counters, done, tick or (lambda: None)
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Leader: the requests that it is answering."""
+        return list(self._samples_left)
 
     def look(self, planned: list[Sequence]) -> tuple[list[Sequence], list[int], np.ndarray]:
         """The sequences, the places of those that need whole rows of logits, and these."""
@@ -98,12 +116,14 @@ class Replica(StepLoop):
                 outcome.done[i] = bool(answer.finish_reason)
                 if answer.finish_reason:
                     self._finish(sequence, answer)
-        stopping = self._must_stop()
+        stopping, pause = self._must_stop(), self._must_pause()
         if not self.answers and not stopping and self.queue.next_arrival is not None:
             self._wait_for_arrival(self.queue.next_arrival)
-        admitted = [] if stopping else self._admit()
+        # While it waits for its own word to pause to come back, the queue may be about to change.
+        admitted = [] if stopping or self._pausing else self._admit()
         limits = self.adapter.limits if self.adapter else self.limits
-        outcome.decide(fault, stopping or (self.queue.exhausted and not self.answers), astuple(limits), admitted)
+        last = not self._pausing and (stopping or (self.queue.exhausted and not self.answers))
+        outcome.decide(fault, last, astuple(limits), admitted, pause)
 
     def _must_stop(self) -> bool:
         """Whether some rank has a reason to stop; all are told of this one's."""
@@ -115,6 +135,13 @@ class Replica(StepLoop):
         elif self.outcomes.leads and self.counters.comm.size > 1 and time.monotonic() - self._looked > _LOOK:
             self._looked, self._stopping = time.monotonic(), self.counters.read(STOP) > 0
         return self._stopping
+
+    def _must_pause(self) -> bool:
+        """Whether ranks of the job are gone, the first time that it is noticed."""
+        if self._gone is None or self._pausing or not self._gone():
+            return False
+        self._pausing = True
+        return True
 
     def end(self, rows: int) -> tuple[int, ...]:
         if not self.outcomes.leads:
@@ -150,4 +177,5 @@ class Replica(StepLoop):
             for sample in samples:
                 self.answers[number, sample] = Answer(request, sample, self.eos_ids, self.decode, time.monotonic())
             admitted.append(number)
+        self._taken.update(admitted)
         return admitted

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from llama_hpc.engine.answering import Batching, answer, plan_batches
+from llama_hpc.engine.answering import Batching, Crew, plan_batches
 from llama_hpc.engine.answering import sizes_for as answering_sizes
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.documents import Document, ReadyDocument, tokenize, window_and_stride, windows_of
@@ -72,7 +72,7 @@ class Session(ModelJob):
         if not ready:
             return []
         plan = plan_batches(self, ready, self.batching)
-        replica, _, _ = answer(self, self._stage_for(answering_sizes(plan, ready)), plan, ready, self.tokenizer)
+        replica, _, _ = Crew(self, self._stage_for(answering_sizes(plan, ready)), plan, self.tokenizer).answer(ready)
         gathered = self.comm.gather(replica.outputs)
         outputs = [output for part in gathered for output in part] if self.first else []
         return self.comm.bcast(sorted(outputs, key=lambda output: (output.request, output.sample)))

@@ -24,14 +24,17 @@ class RankReport:
 
 
 def summary(ranks: Sequence[RankReport]) -> tuple[list[str], list[str]]:
-    """(lines, warnings) about a run."""
+    """(lines, warnings) about a run; about one without any rank that has answered, none."""
+    if not ranks:
+        return [], []
     lines, warnings = [_times(ranks)], []
-    stages, replicas = max(r.stage for r in ranks) + 1, max(r.data for r in ranks) + 1
-    if stages > 1:
-        shares = [_mean([r.metrics.bubble for r in ranks if r.stage == stage]) for stage in range(stages)]
+    # Of replicas that were lost, or smaller than others, there may be some ranks only.
+    stages, replicas = sorted({r.stage for r in ranks}), sorted({r.data for r in ranks})
+    if len(stages) > 1:
+        shares = [_mean([r.metrics.bubble for r in ranks if r.stage == stage]) for stage in stages]
         lines.append(f"bubble (share of the time in which a stage waits): {', '.join(_percent(share) for share in shares)}")
-    ends = [max(r.metrics.end for r in ranks if r.data == data) for data in range(replicas)]
-    if replicas > 1:
+    ends = [max(r.metrics.end for r in ranks if r.data == data) for data in replicas]
+    if len(replicas) > 1:
         lines.append(f"replicas ended within {_percent(spread(ends))} of each other")
     computed = [r.metrics.totals["compute"] for r in ranks]
     if max(ends) >= LONG:
@@ -57,6 +60,8 @@ def _times(ranks: Sequence[RankReport]) -> str:
 def _cache(ranks: Sequence[RankReport]) -> list[str]:
     """One line, of what every rank of a replica did alike."""
     leaders = [r.work for r in ranks if (r.stage, r.tensor) == (0, 0)]
+    if not leaders:
+        return []
     ran, shared, setbacks = (sum(work[name] for work in leaders) for name in ("tokens", "shared_tokens", "setbacks"))
     used = max(work["pages_used"] / work["pages"] for work in leaders)
     return [f"{ran} tokens run, {shared} found in the cache, {setbacks} sequences set back, {_percent(used)} of the cache used"]
@@ -86,7 +91,7 @@ def arrays(ranks: Sequence[RankReport]) -> dict[str, dict[str, np.ndarray]]:
     table = {phase: np.array([m.totals[phase] for m in found]) for phase in PHASES}
     for name in ("seconds", "end", "bubble", "utilisation", "peak_memory", "stride"):
         table[name] = np.array([getattr(m, name) for m in found])
-    for name in ranks[0].work:
+    for name in ranks[0].work if ranks else ():
         if not isinstance(ranks[0].work[name], str):
             table[name] = np.array([r.work[name] for r in ranks])
     steps = {"rank": np.concatenate([np.full(len(m.starts), rank, np.int32) for rank, m in enumerate(found)]),

@@ -7,6 +7,7 @@ import numpy as np
 
 from llama_hpc.comm.exchange import Call, Exchange
 from llama_hpc.comm.reduce import Region, TensorReducer
+from llama_hpc.errors import RankLost
 from llama_hpc.kernels.cpu import joining
 from llama_hpc.kernels.cpu.memory import address
 from llama_hpc.kernels.cpu.program import Program
@@ -147,8 +148,13 @@ class Steps:
             reducer.bytes += size * int(count[0])
 
     def _note(self, program: Program) -> None:
-        """The first fault of a program: two bits for each of the tensors that an operation is named after."""
+        """The first fault of a program: two bits for each of the tensors that an operation is named after.
+
+        Raises RankLost where a meeting, which no tensor names, was given up.
+        """
         for (layer, tensors), status in zip(program.names, program.status.tolist(), strict=True):
+            if status and not tensors:
+                raise RankLost("a rank of this tensor group is gone")
             for place, tensor in enumerate(tensors):
                 found = status >> (2 * place) & 3
                 if found:

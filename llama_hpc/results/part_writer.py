@@ -49,13 +49,20 @@ class PartWriter:
             if self._error:
                 raise self._error
             self._kept.append(record)
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Returns when all records are in the file, for other processes to read. Raises ResultsError once writing has failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or self._written == len(self._kept))
+            if self._error:
+                raise self._error
 
     def close(self) -> None:
         """Returns when all records are safe. Raises ResultsError where they are not."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
         with contextlib.suppress(OSError):
             os.close(self._file)
@@ -95,7 +102,9 @@ class PartWriter:
         data = memoryview(b"".join(records[self._written :]))
         while data:
             data = data[os.write(self._file, data) :]
-        self._written = len(records)
+        with self._changed:
+            self._written = len(records)
+            self._changed.notify_all()
 
     def _sync(self, count: int) -> None:
         os.fsync(self._file)
@@ -132,3 +141,4 @@ class PartWriter:
             elif count:
                 where = f"; {count} finished answers that were not yet on disk will be computed again"
             self._error = ResultsError(f"cannot write {self.path}: {error.strerror}, tried {self.retries} times{where}: {cure}")
+            self._changed.notify_all()

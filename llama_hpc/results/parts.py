@@ -101,6 +101,11 @@ class ProgressFolder:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path / "lock"))
         return False
 
+    @property
+    def locked(self) -> bool:
+        """Whether this process holds the job's lock."""
+        return self._lock is not None
+
     def release(self) -> None:
         """Gives the lock back."""
         if self._lock is not None:

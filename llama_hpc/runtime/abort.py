@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
 
-from llama_hpc.errors import LlamaHpcError, UsageError
+from llama_hpc.errors import LlamaHpcError, RankLost, UsageError
 from llama_hpc.runtime.launch import environment_rank, is_first, let_first_speak, started_mpi
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -70,13 +70,16 @@ def agreed(comm, what: str):
     The error is ``collective`` when ``comm`` spans the world. For a smaller ``comm`` its first rank prints the error
     and ends the job; the others wait for that end.
     """
+    from mpi4py import MPI
+
     failure = None
     try:
         yield
+    except (MPI.Exception, RankLost):
+        # Others have failed too, or will: there is nobody to agree with.
+        raise
     except Exception as error:
         failure = _explained(error, what)
-
-    from mpi4py import MPI
 
     first = array("i", [comm.size if failure is None else comm.rank])
     comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)

@@ -31,6 +31,9 @@ _LOCAL_TASKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TAS
 _GIVE_WAY = {"OMPI_MCA_mpi_yield_when_idle": "1", "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", "MPIR_CVAR_CH4_PROGRESS_THROTTLE": "1"}
 
 
+_FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
+
+
 def configure_mpi() -> None:
     """Settings that MPI reads when it is started; no effect later."""
     import mpi4py
@@ -95,6 +98,11 @@ def local_tasks() -> int:
         if counts := re.findall(r"(?:^|,)(\d+)", os.environ.get(name, "")):
             return max(map(int, counts))
     return 1
+
+
+def fault_tolerant() -> bool:
+    """Whether the launcher started the job so that it may outlive ranks, as ``mpirun --with-ft ulfm`` of Open MPI 5 does."""
+    return os.environ.get(_FAULT_TOLERANCE, "").lower() in ("1", "true", "yes")
 
 
 def is_first() -> bool:
