@@ -87,11 +87,13 @@ def _traffic(ranks: Sequence[RankReport]) -> list[str]:
 
 def arrays(ranks: Sequence[RankReport]) -> dict[str, dict[str, np.ndarray]]:
     """The group ``metrics`` of a result file: ``ranks``, one value a rank, and ``steps``, one a recorded step of a rank."""
+    if not ranks:
+        return {}
     found = [r.metrics for r in ranks]
     table = {phase: np.array([m.totals[phase] for m in found]) for phase in PHASES}
     for name in ("seconds", "end", "bubble", "utilisation", "peak_memory", "stride"):
         table[name] = np.array([getattr(m, name) for m in found])
-    for name in ranks[0].work if ranks else ():
+    for name in ranks[0].work:
         if not isinstance(ranks[0].work[name], str):
             table[name] = np.array([r.work[name] for r in ranks])
     steps = {"rank": np.concatenate([np.full(len(m.starts), rank, np.int32) for rank, m in enumerate(found)]),
