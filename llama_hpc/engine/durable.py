@@ -19,6 +19,7 @@ from llama_hpc.results.part_writer import PartWriter
 from llama_hpc.results.parts import Found, ProgressFolder, check_same_job, try_lock
 from llama_hpc.results.records import framed, output_record
 from llama_hpc.results.schema import Output
+from llama_hpc.results.storage import remove_unfinished
 from llama_hpc.runtime.abort import agreed, on_first
 from llama_hpc.runtime.topology import hostname
 
@@ -105,6 +106,7 @@ class Durable:
         holder = {"process": os.getpid(), "host": hostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
         job = os.environ.get("SLURM_JOB_ID")
         self.folder.lock(holder | ({"SLURM job": job} if job else {}), patience)
+        remove_unfinished(self.output)
 
     def _is_complete(self) -> bool:
         with read_results(self.output) as results:

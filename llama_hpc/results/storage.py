@@ -1,6 +1,7 @@
 """Writing an HDF5 file: whole or not at all."""
 
 import contextlib
+import glob
 import io
 import os
 import socket
@@ -93,9 +94,19 @@ def _target(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+_UNFINISHED = ".tmp-"
+
+
 def _temporary(target: Path) -> Path:
     """A name of this process alone, also among the hosts of a shared file system."""
-    return target.with_name(f"{target.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    return target.with_name(f"{target.name}{_UNFINISHED}{socket.gethostname()}-{os.getpid()}")
+
+
+def remove_unfinished(path: str | Path) -> None:
+    """Removes what processes have left that died while they wrote ``path``; nobody may be writing it now."""
+    target = _target(path)
+    for left in target.parent.glob(glob.escape(f"{target.name}{_UNFINISHED}") + "*"):
+        left.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -110,6 +110,8 @@ def _explained(error: Exception, what: str = "") -> LlamaHpcError:
     """``error`` as one of ours: itself, or a line that says where and what; a bug's traceback goes to a file."""
     if isinstance(error, LlamaHpcError):
         return error
+    if _lost_rank(error):
+        return RankLost("another rank of this job has died, and what these ranks do does not outlive that")
     doing = f" while {what}" if what else ""
     if isinstance(error, MemoryError):
         detail = f": {error}" if str(error) else ""
@@ -121,6 +123,13 @@ def _explained(error: Exception, what: str = "") -> LlamaHpcError:
         ours = LlamaHpcError(f"internal error{doing} on {_here()}: {text} (traceback {_keep_traceback(error)})")
     ours.__cause__, ours.where = error, ""
     return ours
+
+
+def _lost_rank(error: Exception) -> bool:
+    """Whether an exception of MPI says that a rank is gone, as it can where the job was started with fault tolerance."""
+    MPI = started_mpi()
+    return bool(MPI and isinstance(error, MPI.Exception)
+                and error.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED))
 
 
 def _leave(error: LlamaHpcError | None, code: int) -> int:

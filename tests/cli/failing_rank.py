@@ -1,4 +1,4 @@
-"""The command line of llama-hpc with a fault in one rank: ``failing_rank.py FAULT RANK ARGUMENTS…``, under mpirun.
+"""The command line of llama-hpc with faults in some ranks: ``failing_rank.py FAULT,… RANK,… ARGUMENTS…``, under mpirun.
 
 A wrapped function calls the fault instead of its n-th call on that rank.
 """
@@ -16,6 +16,7 @@ from llama_hpc.runtime.launch import environment_rank
 numba_setup.configure(1)
 
 from llama_hpc.cli.main import main  # noqa: E402
+from llama_hpc.comm.survivors import Survivors  # noqa: E402
 from llama_hpc.model.kv_cache import KVCache  # noqa: E402
 from llama_hpc.model.transformer import TransformerStage  # noqa: E402
 from llama_hpc.runtime import stopping  # noqa: E402
@@ -43,12 +44,18 @@ stopping._SAME = 0.05
 # The first file that is renamed says which job it is, the second one is the output.
 # The second KV cache and the fourth step are the model's own: compiling the kernels takes one of each.
 STEP = (TransformerStage, "forward", 4)
+KILLED = signalling(os.getpid, signal.SIGKILL)
 FAULTS = {
     "cannot read": (Checkpoint, "read", 20, raising(OSError(errno.EIO, "Input/output error", "model.safetensors"))),
     "memory": (KVCache, "__init__", 2, raising(MemoryError())),
     "bug": (*STEP, raising(ValueError("an odd value"))),
     "disk full": (os, "replace", 2, raising(OSError(errno.ENOSPC, "No space left on device"))),
-    "killed": (*STEP, signalling(os.getpid, signal.SIGKILL)),
+    "killed": (*STEP, KILLED),
+    "killed later": (TransformerStage, "forward", 40, KILLED),
+    "killed at start": (Survivors, "introduce", 1, KILLED),
+    "killed in loading": (Checkpoint, "read", 20, KILLED),
+    "killed in writing": (os, "replace", 2, KILLED),
+    "killed in regrouping": (Survivors, "introduce", 2, KILLED),
     "interrupted twice": (*STEP, signalling(os.getpid, signal.SIGINT, signal.SIGINT)),
     "interrupted mpirun": (*STEP, signalling(os.getppid, signal.SIGINT)),
     "terminated mpirun": (*STEP, signalling(os.getppid, signal.SIGTERM)),
@@ -56,12 +63,14 @@ FAULTS = {
 
 
 def inject(rank, owner, name, number, fail):
+    if environment_rank() != rank:
+        return
     original, calls = getattr(owner, name), 0
 
     def wrapped(*arguments, **options):
         nonlocal calls
         calls += 1
-        if calls == number and environment_rank() == rank:
+        if calls == number:
             fail()
         return original(*arguments, **options)
 
@@ -69,6 +78,7 @@ def inject(rank, owner, name, number, fail):
 
 
 if __name__ == "__main__":
-    fault, failing, *command = sys.argv[1:]
-    inject(int(failing), *FAULTS[fault])
+    faults, failing, *command = sys.argv[1:]
+    for fault, rank in zip(faults.split(","), failing.split(","), strict=True):
+        inject(int(rank), *FAULTS[fault])
     sys.exit(main(command))
