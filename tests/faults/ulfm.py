@@ -116,7 +116,7 @@ def one_run(model: Path, prompts: Path, folder: Path, layout: tuple[str, int], p
     if job.wait_for(text, LIMIT):
         time.sleep(choose.uniform(0, delay))
         killed.append(job.kill(choose.choice))
-        if phase == "recovery" and job.wait_for("lost rank", 10):
+        if phase == "recovery" and job.wait_for("lost rank", 60):
             time.sleep(choose.uniform(0, 0.5))
             killed.append(job.kill(choose.choice))
     code = job.end(LIMIT)
