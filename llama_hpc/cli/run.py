@@ -75,9 +75,12 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Collective over the world, one call a rank. Returns 0; errors are exceptions."""
-    settings, comm, node, (params, targets) = start(args, _read)
-    from llama_hpc.engine.job import Job
-    return Job(args, settings, comm, node, params, targets).run()
+    from llama_hpc.runtime.stopping import Stop
+    # From here on, as a job may be preempted while MPI starts.
+    with Stop(args.time_limit) as stop:
+        settings, comm, node, (params, targets) = start(args, _read)
+        from llama_hpc.engine.job import Job
+        return Job(args, settings, comm, node, params, targets, stop).run()
 
 
 def _read(args: argparse.Namespace) -> tuple:

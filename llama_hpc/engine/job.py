@@ -30,12 +30,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class Job(ModelJob):
-    """One run of ``llama-hpc run`` with the options ``args``: ``run`` does everything. ``params``: what prompts do not set."""
+    """One run of ``llama-hpc run`` with the options ``args``: ``run`` does everything. ``params``: what prompts do not set.
+    ``stop``: when to end early."""
 
     def __init__(self, args: argparse.Namespace, settings: ModelSettings, comm: MPI.Comm, node: MPI.Comm, params: SamplingParams,
-                 targets: list[Target]):
+                 targets: list[Target], stop: Stop):
         super().__init__(settings, comm, node)
-        self.args, self.params, self.targets, self.requests, self.texts = args, params, targets, [], []
+        self.args, self.params, self.targets, self.stop, self.requests, self.texts = args, params, targets, stop, [], []
         self.hashes: dict[str, str] | None = {} if args.hash_weights else None
         self.durable = Durable(args.output, args.resume, args.overwrite, args.sync_interval, args.rescue)
 
@@ -44,14 +45,13 @@ class Job(ModelJob):
         try:
             ready, done, complete = on_first(self.comm, self._read)
             if not complete:
-                with Stop(self.args.time_limit) as stop:
-                    self._answer(ready, done, stop)
+                self._answer(ready, done)
         except BaseException:
             self.durable.abandon()
             raise
         return 0
 
-    def _answer(self, ready: list[ReadyRequest], done: Done, stop: Stop) -> None:
+    def _answer(self, ready: list[ReadyRequest], done: Done) -> None:
         self.open()
         samples = sum(r.params.n for r in ready)
         grid = self.choose_grid(samples, self.args.max_seqs, longest(ready),
@@ -63,12 +63,12 @@ class Job(ModelJob):
         stage = self.make_stage(self.load(self.hashes if grid.data_index == 0 else None), **sizes_for(plan, ready))
         tokenizer = load_tokenizer(self.checkpoint.path) if grid.is_leader else None
         self.durable.begin(self)
-        replica, seconds, tokens = answer(self, stage, plan, ready, tokenizer, self.durable.keep, done, stop)
+        replica, seconds, tokens = answer(self, stage, plan, ready, tokenizer, self.durable.keep, done, self.stop)
         answers = self.comm.allreduce(replica.finished)
         if self.first:
             _LOG.info("%d answers with %d tokens in %.2f s: %.1f tokens/s", answers, tokens, seconds, tokens / seconds)
         self.conclude(stage, seconds, replica.work() | {"answers": replica.finished}, vars(self.args), micro_batches=plan.depth)
-        self._finish(replica, samples, stop.reason)
+        self._finish(replica, samples)
 
     def _read(self) -> tuple[list[ReadyRequest], Done, bool]:
         """First rank: everything about the prompts and the output that can be checked before a weight is read.
@@ -88,10 +88,10 @@ class Job(ModelJob):
         done = self.durable.examine(identity_of(ready, weights, cache_format(self.settings.kv_cache, weights)))
         return ready, done, self.durable.complete
 
-    def _finish(self, replica: Replica, samples: int, stopped: str) -> None:
+    def _finish(self, replica: Replica, samples: int) -> None:
         grid = self.grid
         own = RankReport(grid.data_index, grid.stage, grid.tensor_index, replica.work(), replica.recorder.result())
-        hashes, reports, reasons = (self.comm.gather(part) for part in (self.hashes, own, stopped))
+        hashes, reports, reasons = (self.comm.gather(part) for part in (self.hashes, own, self.stop.reason))
         found = self.durable.collect(self)
         if self.first:
             self.facts["seed"] = self.params.seed
