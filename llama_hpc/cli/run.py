@@ -76,18 +76,25 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Collective over the world, one call a rank. Returns 0; errors are exceptions."""
-    if not fault_tolerant():
+    from llama_hpc.runtime.stopping import Stop
+    # From here on, as a job may be preempted while MPI starts.
+    with Stop(args.time_limit) as stop:
+        if fault_tolerant():
+            return _outliving(args, stop)
         settings, comm, node, (params, targets) = start(args, _read)
         from llama_hpc.engine.job import Job
-        return Job(args, settings, comm, node, params, targets).run()
+        return Job(args, settings, comm, node, params, targets, stop).run()
 
+
+def _outliving(args: argparse.Namespace, stop) -> int:
+    """A job that outlives ranks, from its start on."""
     comm = checked_world()
     from llama_hpc.comm.survivors import Survivors
     survivors = Survivors(comm)
     def job():
         settings, comm, node, (params, targets) = start(args, _read, survivors.comm)
         from llama_hpc.engine.survival import SurvivingJob
-        return SurvivingJob(args, settings, comm, node, params, targets, survivors)
+        return SurvivingJob(args, settings, comm, node, params, targets, stop, survivors)
     return survivors.persist(job).run()
 
 

@@ -20,6 +20,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", action="store_true", help="also show token ids and log-probabilities")
     parser.add_argument("--verify", action="store_true", help="compute the digest again and compare")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--status", action="store_true",
+                        help="print one word only, for scripts: complete, incomplete (run --resume goes on) or running")
     return parser
 
 
@@ -35,11 +37,18 @@ def main(args: argparse.Namespace) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     folder = ProgressFolder(args.results)
-    if folder.path.is_dir() and (folder.in_use() or not os.path.exists(args.results)):
-        from llama_hpc.cli.show_progress import print_progress
-        print_progress(folder, args)
+    running = folder.in_use()
+    if running or (folder.path.is_dir() and not os.path.exists(args.results)):
+        if args.status:
+            print("running" if running else "incomplete")
+        else:
+            from llama_hpc.cli.show_progress import print_progress
+            print_progress(folder, args)
         return 0
     with read_output(args.results) as results:
+        if args.status:
+            print(results.status)
+            return 0
         rows = _rows(results, args)
         if args.verify:
             results.verify()

@@ -30,12 +30,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class Job(ModelJob):
-    """One run of ``llama-hpc run`` with the options ``args``: ``run`` does everything. ``params``: what prompts do not set."""
+    """One run of ``llama-hpc run`` with the options ``args``: ``run`` does everything. ``params``: what prompts do not set.
+    ``stop``: when to end early."""
 
     def __init__(self, args: argparse.Namespace, settings: ModelSettings, comm: MPI.Comm, node: MPI.Comm, params: SamplingParams,
-                 targets: list[Target]):
+                 targets: list[Target], stop: Stop):
         super().__init__(settings, comm, node)
-        self.args, self.params, self.targets, self.requests, self.texts = args, params, targets, [], []
+        self.args, self.params, self.targets, self.stop, self.requests, self.texts = args, params, targets, stop, [], []
         self.identity: dict[str, Any] = {}
         self.hashes: dict[str, str] | None = {} if args.hash_weights else None
         self.durable = Durable(args.output, args.resume, args.overwrite, args.sync_interval, args.rescue)
@@ -43,23 +44,22 @@ class Job(ModelJob):
     def run(self) -> int:
         """Raises what goes wrong, on every rank where all share it; returns 0."""
         try:
-            with Stop(self.args.time_limit) as stop:
-                self.answer_all(stop)
+            self.answer_all()
         except BaseException:
             self.durable.abandon()
             raise
         return 0
 
-    def answer_all(self, stop: Stop) -> None:
-        """Everything, until there is a reason to ``stop``."""
+    def answer_all(self) -> None:
+        """Everything, or what can be done until there is a reason to stop."""
         ready, done, complete = on_first(self.comm, self.read)
         if complete:
             return
         crew = self.set_up(ready)
-        seconds = crew.answer(ready, self.durable.keep, done, stop)[1]
+        seconds = crew.answer(ready, self.durable.keep, done, self.stop)[1]
         places, reports = crew.place(), crew.reports
         crew.stage.free()
-        self.finish(places, reports, self.grid.shape, seconds, stop.reason)
+        self.finish(places, reports, self.grid.shape, seconds)
 
     def read(self) -> tuple[list[ReadyRequest], Done, bool]:
         """First rank: everything about the prompts and the output that can be checked before a weight is read.
@@ -104,9 +104,9 @@ class Job(ModelJob):
         usual = -(-sum(r.params.n * (len(r.prompt) + r.limit) for r in ready) // samples)
         return samples, self.args.max_seqs, longest(ready), usual
 
-    def finish(self, place: dict[str, Any] | None, reports: list[RankReport], shape, seconds: float, stopped: str) -> None:
+    def finish(self, place: dict[str, Any] | None, reports: list[RankReport], shape, seconds: float) -> None:
         """From what every rank has done to the output. ``place``: of a rank of a replica; ``reports`` of all it took part in."""
-        places, hashes, gathered, reasons = (self.comm.gather(part) for part in (place, self.hashes, reports, stopped))
+        places, hashes, gathered, reasons = (self.comm.gather(part) for part in (place, self.hashes, reports, self.stop.reason))
         found = self.durable.collect(self)
         if self.first:
             places = [place for place in places if place]

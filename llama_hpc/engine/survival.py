@@ -48,8 +48,8 @@ class _Relieved(Exception):
 class SurvivingJob(Job):
     """A ``Job`` whose ``comm`` changes: it holds the ``survivors``. ``args.spares`` ranks begin without a replica."""
 
-    def __init__(self, args, settings, comm: MPI.Comm, node: MPI.Comm, params, targets, survivors: Survivors):
-        super().__init__(args, settings, comm, node, params, targets)
+    def __init__(self, args, settings, comm: MPI.Comm, node: MPI.Comm, params, targets, stop: Stop, survivors: Survivors):
+        super().__init__(args, settings, comm, node, params, targets, stop)
         self.survivors = survivors
         self.crew: Crew | None = None
         self._can_go_on = False         # whether nothing is amiss with the crew
@@ -72,13 +72,13 @@ class SurvivingJob(Job):
             os._exit(code)
         return code
 
-    def answer_all(self, stop: Stop) -> None:
+    def answer_all(self) -> None:
         shift = None
         while True:
             try:
                 shift = shift or self.survivors.persist(self._assign)
                 if not shift.complete:
-                    self._carry_out(shift, stop)
+                    self._carry_out(shift)
                 return
             except _Relieved as relieved:
                 shift = relieved.shift
@@ -86,7 +86,7 @@ class SurvivingJob(Job):
                 _LOG.debug("%s", error)
                 shift = self._regroup()
 
-    def _carry_out(self, shift: Shift, stop: Stop) -> None:
+    def _carry_out(self, shift: Shift) -> None:
         """This rank's part of everything that is left to do."""
         begins = self._origin is None
         if shift.group is not None:
@@ -102,7 +102,7 @@ class SurvivingJob(Job):
             self.survivors.meet()
             self._origin = time.monotonic()
         if self.crew is not None:
-            self._answer(shift, begins, stop)
+            self._answer(shift, begins)
         # Ranks without a replica, and those whose replica has ended, wait here to be needed.
         self.survivors.meet(self._tick())
         seconds = time.monotonic() - self._origin
@@ -110,7 +110,7 @@ class SurvivingJob(Job):
             self._progress.close()
         self.facts["incidents"] = {"ranks_lost": len(self.survivors.lost), "went_on_without": self.survivors.shrunk}
         place, reports = (None, []) if self.crew is None else (self.crew.place(), self.crew.reports)
-        self.finish(place, self._reports + reports, self._shape, seconds, stop.reason)
+        self.finish(place, self._reports + reports, self._shape, seconds)
 
     def _on(self, group: MPI.Comm, shape: GridShape | None) -> Job:
         """This job, on some of its ranks."""
@@ -119,12 +119,12 @@ class SurvivingJob(Job):
         job.node, job.show = group.Split_type(MPI.COMM_TYPE_SHARED, group.rank), self.show and job.first
         return job
 
-    def _answer(self, shift: Shift, begins: bool, stop: Stop) -> None:
+    def _answer(self, shift: Shift, begins: bool) -> None:
         crew = self.crew
         queue = self._queue(shift, crew.at_once(self._ready) if begins else 0)
         self._can_go_on = False
         crew.run(self._ready, queue, self._counters, self._origin, self._tick(), keep=self.durable.keep, done=shift.done,
-                 stop=stop, gone=self.survivors.failed, regroup=self._pause)
+                 stop=self.stop, gone=self.survivors.failed, regroup=self._pause)
         self._can_go_on = True
 
     def _queue(self, shift: Shift, dealt: int) -> RequestQueue:

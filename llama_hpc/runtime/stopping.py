@@ -20,7 +20,8 @@ def scheduler_end() -> float | None:
 class Stop:
     """A context in which signals set ``reason`` instead of ending the process; a second one ends it at once.
 
-    ``time_limit``: seconds from now on, or None. Signals are those of the process: the main thread enters and leaves.
+    ``time_limit``: seconds from now on, or None. Signals are those of the process: the main thread enters and leaves. After a
+    signal this stays so behind the context: one that a launcher repeats must not turn an orderly end into a failure.
     """
 
     def __init__(self, time_limit: float | None = None):
@@ -43,14 +44,16 @@ class Stop:
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._before.items() if not self._since else ():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame) -> None:
         now = time.monotonic()
         if not self._since:
             self._reason, self._since = self._reason or signal.Signals(number).name, now
-            _LOG.warning("%s: stopping at the next step; another one ends the job at once", self._reason)
+            # Before the log is set up, every rank would print this.
+            if _LOG.hasHandlers():
+                _LOG.warning("%s: stopping at the next step; another one ends the job at once", self._reason)
         elif now - self._since > _SAME:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

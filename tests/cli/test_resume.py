@@ -200,6 +200,34 @@ def test_a_signal_to_any_rank_ends_all_with_what_is_finished(mpirun, model, prom
         assert results.status == "complete" and results.digest == undisturbed
 
 
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) & 1 << number - 1)
+
+
+def test_a_signal_while_the_job_starts_is_an_orderly_end_too(mpirun, model, prompts, undisturbed, tmp_path):
+    """A job may be preempted before it has looked at its prompts. What a launcher repeats does not make that a failure."""
+    output = tmp_path / "out.h5"
+    command = [sys.executable, *map(str, arguments(model, prompts, output, "--resume"))]
+    with subprocess.Popen(command, env=mpi_jobs.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as job:
+        while not catches(job.pid, signal.SIGTERM):
+            assert job.poll() is None
+        assert not ProgressFolder(output).path.exists()
+        job.terminate()
+        job.terminate()
+        said, _ = job.communicate(timeout=60)
+    assert job.returncode == 0 and f"stopped by SIGTERM: {output} has 0 of {COUNT + 4} answers, --resume goes on" in said, said
+    shown = subprocess.run([sys.executable, "-m", "llama_hpc", "show", "--status", output], env=mpi_jobs.environment(),
+                           capture_output=True, text=True)
+    assert shown.stdout == "incomplete\n"
+    job = mpirun(1, arguments(model, prompts, output, "--resume"))
+    assert job.returncode == 0, job.stderr
+    with read_results(output) as results:
+        assert results.status == "complete" and results.digest == undisturbed
+
+
 def test_a_time_limit_and_the_schedulers_end_stop_a_run(mpirun, model, prompts, undisturbed, tmp_path):
     output = tmp_path / "out.h5"
     soon = {"SLURM_JOB_END_TIME": str(int(time.time()) + 61)}

@@ -17,6 +17,7 @@ from llama_hpc.engine.requests import Request
 from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.errors import ResultsError, UsageError
 from llama_hpc.results import Output, Score, write_results, write_scores
+from llama_hpc.results.parts import ProgressFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PROVENANCE = {
@@ -107,6 +108,24 @@ def test_selection(capsys, result_file):
     for bad in ("0", "-1", "x", "1.5"):
         with pytest.raises(SystemExit):
             parse(result_file, "--limit", bad)
+
+
+def test_the_status_as_a_word_for_scripts(capsys, result_file, tmp_path):
+    """What decides whether a job has to go on: an exit code of 0 does not tell."""
+    assert run(capsys, result_file, "--status") == "incomplete\n"
+    write_results(tmp_path / "whole.h5", [], [], [], PROVENANCE)
+    assert run(capsys, tmp_path / "whole.h5", "--status") == "complete\n"
+    # A job that was killed before it wrote an output, then one that goes on; and what it leaves beside a whole output.
+    folder = ProgressFolder(tmp_path / "begun.h5")
+    folder.path.mkdir()
+    assert run(capsys, folder.output, "--status") == "incomplete\n"
+    folder.lock({}, 0)
+    assert run(capsys, folder.output, "--status") == "running\n"
+    folder.release()
+    (tmp_path / "whole.h5.progress").mkdir()
+    assert run(capsys, tmp_path / "whole.h5", "--status") == "complete\n"
+    with pytest.raises(ResultsError, match="No such file"):
+        show.main(parse(tmp_path / "none.h5", "--status"))
 
 
 def test_verify(capsys, result_file):
