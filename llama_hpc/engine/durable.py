@@ -151,3 +151,4 @@ class Durable:
                 self.writer.close()
             if self.folder.is_empty():
                 self.folder.remove()
+        self.folder.release()
