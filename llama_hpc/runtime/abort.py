@@ -1,14 +1,16 @@
 """One clear line for every error, from one rank, and an exit for all: nobody is left waiting for a rank that failed."""
 
+import atexit
 import os
 import socket
 import sys
 import time
 import traceback
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
+from typing import NoReturn
 
 from llama_hpc.errors import LlamaHpcError, RankLost, UsageError
 from llama_hpc.runtime.launch import environment_rank, is_first, let_first_speak, started_mpi
@@ -39,6 +41,20 @@ def guarded(function) -> int:
     except Exception as error:
         shown = _explained(error)
         return _leave(shown, shown.exit_code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process in order: exit functions, MPI (collective over the world then, as MPI_Finalize is), standard streams.
+
+    What is left out is the interpreter's taking down of every module, which takes a third of a second once Numba is loaded.
+    """
+    atexit._run_exitfuncs()
+    if (MPI := started_mpi()) is not None:
+        MPI.Finalize()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def end_job_on_errors() -> None:

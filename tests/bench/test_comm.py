@@ -53,9 +53,9 @@ def check(result):
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_table_and_files(mpirun, tmp_path, ranks):
-    job = mpirun(ranks, ["-m", "llama_hpc", "bench", "comm", "--sizes", "8", "4K", "--rounds", "2", "--output", "figures"],
-                 timeout=120, cwd=tmp_path)  # fmt: skip
+def test_table_and_files(command, tmp_path, ranks):
+    words = ["bench", "comm", "--sizes", "8", "4K", "--rounds", "2", "--output", "figures"]
+    job = command(ranks, words, timeout=120, cwd=tmp_path)
     assert job.returncode == 0, job.stderr
     lines = job.stdout.splitlines()
     assert lines[0].startswith(f"{ranks} ranks on 1 node, ") and lines[1].split()[:4] == ["place", "operation", "ranks", "bytes"]

@@ -33,9 +33,9 @@ sys.exit(main(["bench", "scaling", "--shape", "64x96", "--batches", "4", "--stra
 """
 
 
-def bench(mpirun, folder, ranks, *options):
+def bench(command, folder, ranks, *options):
     """Lines of the terminal, the JSON file's content, and the HDF5 file's rows."""
-    job = mpirun(ranks, ["-m", "llama_hpc", "bench", "scaling", *QUICK, *options], timeout=180, cwd=folder)
+    job = command(ranks, ["bench", "scaling", *QUICK, *options], timeout=180, cwd=folder)
     assert job.returncode == 0, job.stderr
     with h5py.File(folder / "benchmark_parallel_results.h5") as file:
         assert list(file) == ["scaling"]
@@ -49,9 +49,9 @@ def test_numbers_of_ranks():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("weak", [False, True])
-def test_table_and_files(mpirun, tmp_path, ranks, weak):
+def test_table_and_files(command, tmp_path, ranks, weak):
     # With five ranks some have no rows of the batch, no panel of outputs, or no block of inputs.
-    lines, report, rows = bench(mpirun, tmp_path, ranks, "--shape", "96x100", "--batches", "1", "3", *["--weak"] * weak)
+    lines, report, rows = bench(command, tmp_path, ranks, "--shape", "96x100", "--batches", "1", "3", *["--weak"] * weak)
     results = report["scaling"]
     assert lines[-2] == "all strategies gave the bits of the product on one rank"
     assert lines[0].startswith(f"{ranks} rank") and lines[1].startswith("96x100 q3_5, 2 copies; threads of a rank: 1; batch of ")
@@ -74,8 +74,8 @@ def test_table_and_files(mpirun, tmp_path, ranks, weak):
 
 
 @pytest.mark.parametrize("weights", ["q4", "q8", "f16", "f32"])
-def test_formats(mpirun, tmp_path, weights):
-    _, report, _ = bench(mpirun, tmp_path, 3, "--shape", "1000x200", "--batches", "2", "--weights", weights, "--threads", "2")
+def test_formats(command, tmp_path, weights):
+    _, report, _ = bench(command, tmp_path, 3, "--shape", "1000x200", "--batches", "2", "--weights", weights, "--threads", "2")
     assert len(report["scaling"]) == 9 and {r["weights"] for r in report["scaling"]} == {weights} and report["threads"] == 2
 
 

@@ -65,8 +65,8 @@ def test_several_processes_are_refused(monkeypatch, capsys):
     (["comm", "--output", "missing/bench"], "cannot write missing/bench.json"),
     (["scaling", "--output", "missing/bench"], "cannot write missing/bench.json"),
 ])
-def test_wrong_command_lines_of_several_ranks(mpirun, tmp_path, ranks, arguments, text):
-    job = mpirun(ranks, ["-m", "llama_hpc", "bench", *arguments], cwd=tmp_path)
+def test_wrong_command_lines_of_several_ranks(command, tmp_path, ranks, arguments, text):
+    job = command(ranks, ["bench", *arguments], cwd=tmp_path)
     lines = [line for line in job.stderr.splitlines() if line.startswith("llama-hpc:")]
     assert job.returncode == 2 and len(lines) == 1 and text in lines[0] and not list(tmp_path.iterdir())
 

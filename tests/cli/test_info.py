@@ -154,8 +154,8 @@ def test_this_node_is_shown_once_under_mpirun(mpirun):
     assert job.stdout.count("this node, ") == 1 and node_section(job.stdout)[0].endswith(f"{socket.gethostname()}:")
 
 
-def test_under_mpirun_every_rank_has_a_host_and_cores(mpirun, tiny):
-    job = mpirun(3, ["-m", "llama_hpc", "info", tiny, "--grid", "1x1x3"])
+def test_under_mpirun_every_rank_has_a_host_and_cores(command, tiny):
+    job = command(3, ["info", tiny, "--grid", "1x1x3"])
     assert job.returncode == 0, job.stderr
     _, grid, rows = parsed(job.stdout)
     assert grid.startswith("grid 1x1x3")
@@ -164,8 +164,8 @@ def test_under_mpirun_every_rank_has_a_host_and_cores(mpirun, tiny):
     assert all(1 <= int(r["cores"]) <= available_cores() for r in rows)
 
 
-def test_without_a_grid_the_ranks_are_replicas_of_a_small_model(mpirun, tiny):
-    job = mpirun(3, ["-m", "llama_hpc", "info", tiny])
+def test_without_a_grid_the_ranks_are_replicas_of_a_small_model(command, tiny):
+    job = command(3, ["info", tiny])
     assert job.returncode == 0, job.stderr
     assert parsed(job.stdout)[1].startswith("grid 3x1x1")
 
@@ -216,8 +216,8 @@ def test_grids_that_do_not_fit_the_model(capsys, tiny, arguments, text):
 
 
 @pytest.mark.parametrize(("grid", "text"), [("1x1x2", "= 2 ranks, but the job has 3"), ("1x1x9", "= 9 ranks, but the job has 3")])
-def test_grids_that_do_not_fit_the_job(mpirun, tiny, grid, text):
-    job = mpirun(3, ["-m", "llama_hpc", "info", tiny, "--grid", grid])
+def test_grids_that_do_not_fit_the_job(command, tiny, grid, text):
+    job = command(3, ["info", tiny, "--grid", grid])
     ours = [line for line in job.stderr.splitlines() if line.startswith("llama-hpc: ")]
     assert job.returncode == 2 and job.stdout == ""
     assert len(ours) == 1 and text in ours[0]

@@ -5,9 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import mpi_jobs
 import psutil
@@ -38,10 +36,10 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(mpirun, model, prompts, tmp_path_factory):
+def undisturbed(command, model, prompts, tmp_path_factory):
     """The digest of a job that nobody disturbs."""
     output = tmp_path_factory.mktemp("whole") / "out.h5"
-    job = mpirun(1, arguments(model, prompts, output))
+    job = command(1, arguments(model, prompts, output))
     assert job.returncode == 0, job.stderr
     assert [path.name for path in output.parent.iterdir()] == ["out.h5"]
     with read_results(output) as results:
@@ -50,7 +48,7 @@ def undisturbed(mpirun, model, prompts, tmp_path_factory):
 
 
 def arguments(model, prompts, output, *options):
-    return ["-m", "llama_hpc", "run", model, "--prompts", prompts, "--output", output, "--ignore-eos", "--max-seqs", 3, *options]
+    return ["run", model, "--prompts", prompts, "--output", output, "--ignore-eos", "--max-seqs", 3, *options]
 
 
 def answers_in(folder):
@@ -60,9 +58,7 @@ def answers_in(folder):
 
 def killed(ranks, argv, folder, answers):
     """Starts a job, and kills all of it with SIGKILL when so many answers are kept."""
-    command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), sys.executable, *map(str, argv)]
-    with subprocess.Popen(command, env=mpi_jobs.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL, start_new_session=True) as job:
+    with mpi_jobs.start(ranks, ["-m", "llama_hpc", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
         end = time.monotonic() + 60
         while answers_in(folder) < answers and job.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
@@ -72,7 +68,7 @@ def killed(ranks, argv, folder, answers):
         psutil.wait_procs(everything, 10)
 
 
-def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(mpirun, model, prompts, undisturbed, tmp_path):
+def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(command, model, prompts, undisturbed, tmp_path):
     output, folder = tmp_path / "out.h5", ProgressFolder(tmp_path / "out.h5")
     kept = 0
     for ranks, grid, answers in ((2, "2x1x1", 2), (3, "1x3x1", 5), (2, "1x1x2", 11)):
@@ -82,7 +78,7 @@ def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(mpirun, m
     # What a rank had half written.
     with open(folder.parts[-1], "ab") as part:
         part.write(b"\x99\0\0\0half")
-    job = mpirun(2, arguments(model, prompts, output, "--grid", "1x2x1", "--resume"))
+    job = command(2, arguments(model, prompts, output, "--grid", "1x2x1", "--resume"))
     assert job.returncode == 0, job.stderr
     assert f"resuming: {kept} answers of 3 earlier runs, 8 bytes of half written ones cut off" in job.stderr
     with read_results(output) as results:
@@ -95,16 +91,16 @@ def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(mpirun, m
     assert not folder.path.exists()
 
 
-def test_a_complete_output_is_left_as_it_is(mpirun, model, prompts, undisturbed, tmp_path):
+def test_a_complete_output_is_left_as_it_is(command, model, prompts, undisturbed, tmp_path):
     output = tmp_path / "out.h5"
-    assert mpirun(1, arguments(model, prompts, output, "--resume")).returncode == 0
+    assert command(1, arguments(model, prompts, output, "--resume")).returncode == 0
     before = output.stat()
-    job = mpirun(2, arguments(model, prompts, output, "--resume"))
+    job = command(2, arguments(model, prompts, output, "--resume"))
     assert job.returncode == 0, job.stderr
     assert f"{output} is complete already: {COUNT + 4} answers, digest {undisturbed}" in job.stderr
     assert output.stat().st_mtime_ns == before.st_mtime_ns and output.stat().st_ino == before.st_ino
     # Another job must not take it for its own.
-    job = mpirun(2, arguments(model, prompts, output, "--resume", "--max-tokens", 3, "--weights", "q4"))
+    job = command(2, arguments(model, prompts, output, "--resume", "--max-tokens", 3, "--weights", "q4"))
     assert job.returncode == 2 and "cannot resume" in job.stderr and "weights was q8, now q4" in job.stderr
 
 
@@ -117,23 +113,22 @@ def unfinished(model, prompts, tmp_path):
     return output
 
 
-def test_show_tells_how_far_a_broken_job_is(mpirun, unfinished):
+def test_show_tells_how_far_a_broken_job_is(command, unfinished):
     count = answers_in(ProgressFolder(unfinished))
-    job = mpirun(1, ["-m", "llama_hpc", "show", unfinished])
-    # mpirun gives a terminal, in which lines are wrapped.
+    job = command(1, ["show", unfinished])
     said = " ".join(job.stdout.split())
     assert f"{unfinished}: not running: --resume goes on, {count} of {COUNT + 4} answers with" in said, job.stderr
-    facts = json.loads(mpirun(1, ["-m", "llama_hpc", "show", unfinished, "--json"]).stdout)
+    facts = json.loads(command(1, ["show", unfinished, "--json"]).stdout)
     assert (facts["running"], facts["answers"], facts["of"], facts["grid"]) == (False, count, COUNT + 4, "1x1x1")
     # A job that runs holds the lock.
     folder = ProgressFolder(unfinished)
     folder.lock({}, 0)
-    facts = json.loads(mpirun(1, ["-m", "llama_hpc", "show", unfinished, "--json"]).stdout)
+    facts = json.loads(command(1, ["show", unfinished, "--json"]).stdout)
     assert facts["running"] and facts["answers_per_second"] > 0 and facts["seconds_left"] > 0
     folder.release()
 
 
-def test_what_would_lose_finished_work_is_refused(mpirun, model, prompts, unfinished, tmp_path):
+def test_what_would_lose_finished_work_is_refused(command, model, prompts, unfinished, tmp_path):
     """One line each, and everything is still there afterwards."""
     folder = ProgressFolder(unfinished)
     before = {path: path.read_bytes() for path in folder.parts}
@@ -145,26 +140,26 @@ def test_what_would_lose_finished_work_is_refused(mpirun, model, prompts, unfini
             (fewer, ("--resume",), 3, f"prompts was {COUNT} with hash [0-9a-f]+, now 5 with hash [0-9a-f]+; sampling"),
             (prompts, ("--resume", "--top-k", 5), 1, "sampling settings was of hash [0-9a-f]+, now"),
             (prompts, ("--resume", "--kv-cache", "q8"), 1, "KV cache was f16, now q8")):
-        job = mpirun(ranks, arguments(model, given, unfinished, *options))
+        job = command(ranks, arguments(model, given, unfinished, *options))
         lines = [line for line in job.stderr.splitlines() if line.startswith("llama-hpc: error")]
         assert job.returncode == 2 and len(lines) == 1, job.stderr
         assert re.search(expected, lines[0]), lines[0]
     assert {path: path.read_bytes() for path in folder.parts} == before
 
 
-def test_another_model_under_the_same_name_is_noticed(mpirun, model, prompts, unfinished, tmp_path):
+def test_another_model_under_the_same_name_is_noticed(command, model, prompts, unfinished, tmp_path):
     other = tmp_path / "model"
     shutil.copytree(model, other)
     weights = next(other.glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    job = mpirun(2, arguments(other, prompts, unfinished, "--resume"))
+    job = command(2, arguments(other, prompts, unfinished, "--resume"))
     assert job.returncode == 2 and "model content was" in job.stderr, job.stderr
 
 
-def test_overwrite_begins_anew(mpirun, model, prompts, undisturbed, unfinished):
-    job = mpirun(1, arguments(model, prompts, unfinished, "--overwrite"))
+def test_overwrite_begins_anew(command, model, prompts, undisturbed, unfinished):
+    job = command(1, arguments(model, prompts, unfinished, "--overwrite"))
     assert job.returncode == 0, job.stderr
     with read_results(unfinished) as results:
         assert results.digest == undisturbed and {output.attempt for output in results.outputs()} == {0}
@@ -172,9 +167,7 @@ def test_overwrite_begins_anew(mpirun, model, prompts, undisturbed, unfinished):
 
 def signalled(ranks, argv, folder, number, to=0, seconds=60):
     """Starts a job, sends a signal to one of its ranks when an answer is kept; returns the exit code and what it said."""
-    command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), sys.executable, *map(str, argv)]
-    with subprocess.Popen(command, env=mpi_jobs.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, start_new_session=True) as job:
+    with mpi_jobs.start(ranks, ["-m", "llama_hpc", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         end = time.monotonic() + seconds
         while answers_in(folder) < 1 and job.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
@@ -186,7 +179,7 @@ def signalled(ranks, argv, folder, number, to=0, seconds=60):
 
 @pytest.mark.parametrize("grid, to, number", [("1x1x1", 0, signal.SIGTERM), ("3x1x1", 2, signal.SIGUSR1),
                                               ("1x3x1", 0, signal.SIGINT), ("2x1x2", 3, signal.SIGUSR1)])
-def test_a_signal_to_any_rank_ends_all_with_what_is_finished(mpirun, model, prompts, undisturbed, tmp_path, grid, to, number):
+def test_a_signal_to_any_rank_ends_all_with_what_is_finished(command, model, prompts, undisturbed, tmp_path, grid, to, number):
     output, ranks = tmp_path / "out.h5", eval(grid.replace("x", "*"))
     code, said = signalled(ranks, arguments(model, prompts, output, "--grid", grid), ProgressFolder(output), number, to)
     assert code == 0, said
@@ -194,7 +187,7 @@ def test_a_signal_to_any_rank_ends_all_with_what_is_finished(mpirun, model, prom
         count = results.num_outputs
         assert results.status == "incomplete" and results.provenance["stopped"] == number.name and 1 <= count < COUNT + 4
     assert f"stopped by {number.name}: {output} has {count} of {COUNT + 4} answers, --resume goes on" in said
-    job = mpirun(2, arguments(model, prompts, output, "--resume"))
+    job = command(2, arguments(model, prompts, output, "--resume"))
     assert job.returncode == 0 and f"resuming: {count} answers of 1 earlier run" in job.stderr, job.stderr
     with read_results(output) as results:
         assert results.status == "complete" and results.digest == undisturbed
@@ -233,10 +226,10 @@ def test_a_time_limit_and_the_schedulers_end_stop_a_run(mpirun, model, prompts, 
     soon = {"SLURM_JOB_END_TIME": str(int(time.time()) + 61)}
     for options, env, reason in ((("--time-limit", "0.001"), {}, "the time limit of 0.001 s"),
                                  (("--resume",), soon, "the job's end in 60 s")):
-        job = mpirun(2, arguments(model, prompts, output, *options), env=env)
+        job = mpirun(2, ["-m", "llama_hpc", *arguments(model, prompts, output, *options)], env=env)
         assert job.returncode == 0, job.stderr
         assert f"stopped by {reason}: {output} has 0 of {COUNT + 4} answers, --resume goes on" in job.stderr
-    job = mpirun(1, arguments(model, prompts, output, "--resume", "--time-limit", 1000))
+    job = mpirun(1, ["-m", "llama_hpc", *arguments(model, prompts, output, "--resume", "--time-limit", 1000)])
     assert job.returncode == 0, job.stderr
     with read_results(output) as results:
         assert results.status == "complete" and results.digest == undisturbed

@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answer(mpirun, model, tmp_path_factory):
+def answer(command, model, tmp_path_factory):
     """A function that runs lines of JSON, or a file, and returns the opened result file."""
     folder = tmp_path_factory.mktemp("runs")
     opened = []
@@ -40,7 +40,7 @@ def answer(mpirun, model, tmp_path_factory):
             prompts.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         output = folder / f"{number}.h5"
         arguments = ["run", model, "--prompts", prompts, "--output", output, "--max-tokens", max_tokens, *options]
-        job = mpirun(ranks, ["-m", "llama_hpc", *arguments])
+        job = command(ranks, arguments)
         assert job.returncode == 0, job.stderr
         opened.append(read_results(output))
         return opened[-1]

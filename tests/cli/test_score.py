@@ -15,13 +15,6 @@ REFERENCE = Path(__file__).parents[1] / "data" / "score_reference.npz"
 CASES = ("llama_odd", "mistral_window", "smollm", "stories260K", "stories15M")
 WINDOWS = ("32/32", "32/12", "24/1", "64/32")
 RANDOM = {"hidden": 72, "ffn": 100, "layers": 3, "heads": 9, "kv_heads": 3, "vocab": 515, "seed": 11}
-# Several command lines in one job: most of a small one is the start of its processes.
-TOGETHER = """
-import json, sys
-from llama_hpc.cli.main import main
-with open(sys.argv[1]) as file:
-    sys.exit(max([main(arguments) for arguments in json.load(file)]))
-"""
 GRIDS = ("1x1x1", "1x1x3", "1x2x1", "2x1x1", "1x2x2")
 
 
@@ -31,18 +24,16 @@ def write_lines(path, entries):
 
 
 @pytest.fixture
-def score(mpirun, tmp_path):
-    """A function that scores with each of some sets of options, all in one job, and returns ``read`` of the files."""
-    def run(model, texts, options, ranks=1, command="score", read=read_scores):
+def score(command, tmp_path):
+    """A function that scores with each of some sets of options and returns ``read`` of the files."""
+    def run(model, texts, options, ranks=1, name="score", read=read_scores):
         if isinstance(texts, list):
             texts = write_lines(tmp_path / "texts.jsonl", texts)
-        outputs = [tmp_path / f"{command}-{ranks}-{i}.h5" for i in range(len(options))]
-        names = {"score": "--texts", "run": "--prompts"}
-        lines = [[command, str(model), names[command], str(texts), "--output", str(output), "--overwrite", *own.split()]
-                 for output, own in zip(outputs, options, strict=True)]
-        (tmp_path / "lines.json").write_text(json.dumps(lines))
-        job = mpirun(ranks, ["-c", TOGETHER, tmp_path / "lines.json"], timeout=200)
-        assert job.returncode == 0, job.stderr
+        outputs = [tmp_path / f"{name}-{ranks}-{i}.h5" for i in range(len(options))]
+        given = {"score": "--texts", "run": "--prompts"}[name]
+        for output, own in zip(outputs, options, strict=True):
+            job = command(ranks, [name, model, given, texts, "--output", output, "--overwrite", *own.split()])
+            assert job.returncode == 0, job.stderr
         return [read(output) for output in outputs]
     return run
 
@@ -142,7 +133,7 @@ def test_a_window_scores_what_follows_more_context_than_a_stride_leaves(score, m
 
 def test_likelihoods_of_an_answer_are_those_that_run_tells(score, model, texts):
     prompts = [{"token_ids": text["token_ids"][:30]} for text in texts]
-    (answers,) = score(model, prompts, ["--max-tokens 20 --ignore-eos"], command="run", read=read_results)
+    (answers,) = score(model, prompts, ["--max-tokens 20 --ignore-eos"], name="run", read=read_results)
     outputs = list(answers.outputs())
     whole = [{"token_ids": [*p["token_ids"], *o.tokens.tolist()]} for p, o in zip(prompts, outputs, strict=True)]
     (scores,) = score(model, whole, ["--window 2048"])
@@ -185,11 +176,11 @@ def damaged(tmp_path_factory):
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(mpirun, damaged, tmp_path, name, n):
+def test_bad_input_is_one_line(command, damaged, tmp_path, name, n):
     code, text, model, texts, options = BAD[name]
     (tmp_path / "texts.jsonl").write_text(texts)
     arguments = ["score", damaged[model], "--texts", "texts.jsonl", "--output", "out.h5", *options.replace("{n}", str(n)).split()]
-    job = mpirun(n, ["-m", "llama_hpc", *arguments], cwd=tmp_path)
+    job = command(n, arguments, cwd=tmp_path)
     (line,) = (line for line in (job.stdout + "\n" + job.stderr).splitlines() if "llama-hpc:" in line)
     assert line.startswith("llama-hpc: error: ") and text in line
     assert job.returncode == code

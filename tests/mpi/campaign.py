@@ -15,8 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from layouts import ALONE, GRIDS, WEIGHTS, Layout, Run, make_models, perform
-from mpi_jobs import mpirun
+from layouts import ALONE, GRIDS, WEIGHTS, Layout, Run, fresh, make_models, perform
 
 LAYOUTS = (
     *(Layout(grid) for grid in GRIDS),
@@ -56,7 +55,7 @@ def _compare(runs: list[Run], folder: Path) -> Counter:
         layout = run.layout
         line = (f"{run.model.name:11} {run.weights:7} {layout.grid:6} {layout.threads:7} {layout.options:34} {layout.mpi:7}")
         try:
-            found = perform(mpirun, run, folder)
+            found = perform(fresh, run, folder)
         except (AssertionError, pytest.fail.Exception) as error:
             states["FAILED"] += 1
             print(f"{line}          FAILED\n{error}", flush=True)

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpi_jobs import mpirun
 from reference_models import stories_folder, write_random_llama
 
 from llama_hpc.results import read_results
@@ -17,14 +18,6 @@ GRIDS = ("1x1x1", "1x1x2", "1x1x3", "1x1x5", "1x1x6", "1x2x1", "1x5x1", "2x1x1",
 # Every grid fits it. Shared KV heads, a short last FFN block and ranks without one at five and six, a vocabulary that no
 # tile divides.
 RANDOM = {"hidden": 72, "ffn": 100, "layers": 5, "heads": 9, "kv_heads": 3, "vocab": 515, "seed": 11}
-
-# Several runs in one job: most of a small run is the start of its processes.
-_TOGETHER = """
-import json, sys
-from llama_hpc.cli.main import main
-with open(sys.argv[1]) as file:
-    sys.exit(max([main(arguments) for arguments in json.load(file)]))
-"""
 
 
 @dataclass(frozen=True)
@@ -112,28 +105,25 @@ def _prompts(folder: Path, key: str, convert) -> Path:
     return path
 
 
-def perform(mpirun, run: Run, folder: Path, timeout: int = 600) -> Outcome:
-    """``python -m llama_hpc run …`` as a job of its own. Raises AssertionError with its output when it fails."""
-    output, start = folder / "run.h5", time.monotonic()
+def perform(start, run: Run, folder: Path, timeout: int = 600) -> Outcome:
+    """The outcome of a run by ``start``, the fixture ``command`` or ``fresh``. Raises AssertionError with its output when it
+    fails."""
+    output, begin = folder / "run.h5", time.monotonic()
     output.unlink(missing_ok=True)
-    job = mpirun(run.layout.ranks, ["-m", "llama_hpc", *run.arguments(output)], mpi=run.layout.mpi, timeout=timeout)
+    job = start(run.layout.ranks, run.arguments(output), mpi=run.layout.mpi, timeout=timeout)
     assert job.returncode == 0, f"{run}: exit code {job.returncode}\n{job.stderr}"
-    return _outcome(output, time.monotonic() - start)
+    return _outcome(output, time.monotonic() - begin)
 
 
-def perform_together(mpirun, runs: list[Run], folder: Path, timeout: int = 600) -> dict[Run, Outcome]:
-    """The same command lines in fewer jobs: one for every MPI, number of ranks and number of threads."""
-    outcomes = {}
-    for kind in sorted({(run.layout.mpi, run.layout.threads, run.layout.ranks) for run in runs}):
-        mpi, threads, ranks = kind
-        chosen = {run: folder / f"{mpi}-{threads}-{ranks}-{i}.h5" for i, run in enumerate(runs)
-                  if (run.layout.mpi, run.layout.threads, run.layout.ranks) == kind}
-        command_lines = folder / "command_lines.json"
-        command_lines.write_text(json.dumps([run.arguments(output) for run, output in chosen.items()]))
-        job = mpirun(ranks, ["-c", _TOGETHER, command_lines], mpi=mpi, timeout=timeout)
-        assert job.returncode == 0, f"{[str(run) for run in chosen]}: exit code {job.returncode}\n{job.stderr}"
-        outcomes |= {run: _outcome(output, 0.0) for run, output in chosen.items()}
-    return outcomes
+def fresh(n: int, argv: list, **options):
+    """A command line as a job of its own."""
+    return mpirun(n, ["-m", "llama_hpc", *argv], **options)
+
+
+def perform_all(start, runs: list[Run], folder: Path) -> dict[Run, Outcome]:
+    """The outcomes of runs, those of the same MPI, number of ranks and number of threads one after the other."""
+    return {run: perform(start, run, folder)
+            for run in sorted(runs, key=lambda run: (run.layout.mpi, run.layout.threads, run.layout.ranks))}
 
 
 def _outcome(path: Path, seconds: float) -> Outcome:

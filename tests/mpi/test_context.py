@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from layouts import RANDOM, Layout, Model, Run, perform_together
+from layouts import RANDOM, Layout, Model, Run, perform_all
 from reference_models import write_random_llama
 
 from llama_hpc.results import read_scores
@@ -51,12 +51,12 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcomes(mpirun, models, tmp_path_factory):
+def outcomes(command, models, tmp_path_factory):
     """Of all runs."""
     runs = [Run(models["plain"], weights, layout) for weights, layouts in (
         ("q8", (Layout(), *LAYOUTS, *INT8)), ("f32", (Layout(), LAYOUTS[0]))) for layout in layouts]
     runs += [Run(models[WINDOWED], "q8", layout) for layout in (Layout(), *LAYOUTS[:4])]
-    return perform_together(mpirun, runs, tmp_path_factory.mktemp("runs"), timeout=400)
+    return perform_all(command, runs, tmp_path_factory.mktemp("runs"))
 
 
 def context_of(layout):
@@ -105,17 +105,17 @@ def test_with_a_float32_cache(models, outcomes):
     check(outcomes, models["plain"], "f32", LAYOUTS[0], Layout())
 
 
-def run(mpirun, model, grid, options, output):
-    return mpirun(int(grid[-1]), ["-m", "llama_hpc", "run", model.path, "--prompts", model.prompts, "--output", output, "--grid",
-                                  grid, *options.split()])
+def run(command, model, grid, options, output):
+    return command(int(grid[-1]), ["run", model.path, "--prompts", model.prompts, "--output", output, "--grid", grid,
+                                   *options.split()])
 
 
-def test_a_prompt_that_one_rank_cannot_hold(mpirun, models, outcomes, tmp_path):
+def test_a_prompt_that_one_rank_cannot_hold(command, models, outcomes, tmp_path):
     """What ``TIGHT`` means: tensor ranks that keep all positions have no room for it."""
-    job = run(mpirun, models["plain"], "1x1x2", f"--kv-memory {TIGHT}", tmp_path / "out.h5")
+    job = run(command, models["plain"], "1x1x2", f"--kv-memory {TIGHT}", tmp_path / "out.h5")
     assert job.returncode == 2 and "the KV cache holds 1328 tokens" in job.stderr and "--kv-memory" in job.stderr
     # 100 KiB a rank: 22 pages with three KV heads, so a block on each of two ranks, and 6 pages of a third block.
-    job = run(mpirun, models["plain"], "1x1x2", "--kv-memory 100K --context-parallel 2", tmp_path / "out.h5")
+    job = run(command, models["plain"], "1x1x2", "--kv-memory 100K --context-parallel 2", tmp_path / "out.h5")
     assert job.returncode == 2 and f"the KV cache holds {2 * 256 + 6 * 16} tokens" in job.stderr
 
 
@@ -124,23 +124,23 @@ def test_a_prompt_that_one_rank_cannot_hold(mpirun, models, outcomes, tmp_path):
     ("1x2x1", 2, "--context-parallel is 2, which does not divide 1 tensor ranks"),
     ("auto", 2, "no grid of 3 ranks has tensor ranks in groups of --context-parallel 2"),
 ])  # fmt: skip
-def test_a_group_that_does_not_fit_the_grid(mpirun, models, tmp_path, grid, context, said):
+def test_a_group_that_does_not_fit_the_grid(command, models, tmp_path, grid, context, said):
     model, ranks = models["plain"], 2 if grid == "1x2x1" else 3
-    job = mpirun(ranks, ["-m", "llama_hpc", "run", model.path, "--prompts", model.prompts, "--output", tmp_path / "out.h5",
-                         "--grid", grid, "--context-parallel", context])
+    job = command(ranks, ["run", model.path, "--prompts", model.prompts, "--output", tmp_path / "out.h5", "--grid", grid,
+                          "--context-parallel", context])
     assert job.returncode == 2 and said in job.stderr and job.stderr.count("llama-hpc: error: ") == 1
     assert not (tmp_path / "out.h5").exists()
 
 
-def test_scores(mpirun, models, tmp_path):
+def test_scores(command, models, tmp_path):
     """Of windows of several blocks."""
     model, texts = models["plain"], tmp_path / "texts.jsonl"
     rng = np.random.default_rng(6)
     texts.write_text("".join(json.dumps({"token_ids": rng.integers(0, 515, n).tolist()}) + "\n" for n in (1500, 30, 800, 3)))
     digests = set()
     for ranks, options in ((1, ""), (2, "--context-parallel 2"), (3, "--context-parallel 3"), (4, "--context-parallel 2")):
-        job = mpirun(ranks, ["-m", "llama_hpc", "score", model.path, "--texts", texts, "--output", tmp_path / f"{ranks}.h5",
-                             "--window", "1000", "--grid", f"1x1x{ranks}", *options.split()])
+        job = command(ranks, ["score", model.path, "--texts", texts, "--output", tmp_path / f"{ranks}.h5", "--window", 1000,
+                              "--grid", f"1x1x{ranks}", *options.split()])
         assert job.returncode == 0, job.stderr
         with read_scores(tmp_path / f"{ranks}.h5") as scores:
             digests.add(scores.verify())

@@ -5,7 +5,7 @@ every grid in one of them, with other settings varied along the way.
 """
 
 import pytest
-from layouts import ALONE, GRIDS, WEIGHTS, Layout, Run, make_models, perform, perform_together
+from layouts import ALONE, GRIDS, WEIGHTS, Layout, Run, fresh, make_models, perform, perform_all
 
 # For the small models: the grids as they are, and for the smallest one or two settings more.
 PLAIN = tuple(Layout(grid) for grid in GRIDS)
@@ -56,14 +56,14 @@ def model(models):
 
 
 @pytest.fixture(scope="module")
-def small_outcomes(mpirun, models, folder):
+def small_outcomes(command, models, folder):
     """Outcomes of all runs of the small models under one MPI."""
     known = {}
     def outcomes(mpi):
         if mpi not in known:
             runs = [Run(models[name], weights, layout) for name, layouts in SMALL.items() if name in models
                     for layout in layouts if layout.mpi == mpi for weights in formats_of(name, layout)]
-            known[mpi] = perform_together(mpirun, runs, folder)
+            known[mpi] = perform_all(command, runs, folder)
         return known[mpi]
     return outcomes
 
@@ -79,20 +79,20 @@ def test_small_models(model, small_outcomes, name, layout):
 
 
 @pytest.fixture(scope="module")
-def smollm2_alone(mpirun, model, folder):
+def smollm2_alone(model, folder):
     """The outcome of one rank in a format."""
     known = {}
     def outcome(weights):
         if weights not in known:
-            known[weights] = perform(mpirun, Run(model("smollm2"), weights, ALONE), folder)
+            known[weights] = perform(fresh, Run(model("smollm2"), weights, ALONE), folder)
         return known[weights]
     return outcome
 
 
 @pytest.mark.parametrize(("weights", "layout"), SMOLLM2, ids=str)
-def test_smollm2(mpirun, model, folder, smollm2_alone, weights, layout):
+def test_smollm2(model, folder, smollm2_alone, weights, layout):
     expected = smollm2_alone(weights)
-    found = perform(mpirun, Run(model("smollm2"), weights, layout), folder)
+    found = perform(fresh, Run(model("smollm2"), weights, layout), folder)
     assert found.digest == expected.digest
     assert found.hashes == expected.hashes
     check_mechanism(found, layout)

@@ -49,7 +49,7 @@ def run(mpirun, model, prompts):
     def start(ranks, faults, failing, output, *options, launcher=ULFM):
         argv = [FAILING, faults, failing, "run", model, "--prompts", prompts, "--output", output, "--ignore-eos", "--max-seqs", 3,
                 *options]
-        return mpirun(ranks, argv, options=launcher, timeout=120)
+        return mpirun(ranks, argv, mpi="openmpi", options=launcher, timeout=120)
     return start
 
 
