@@ -269,5 +269,6 @@ class SurvivingJob(Job):
         replica = self.crew.replica
         self._given_up += [self.crew.stage.reducer, replica and (replica.channel, replica.outcomes)]
         self._reports += self.crew.reports
+        self.crew.job.pool.close()
         self.crew, self._can_go_on = None, False
         self.durable.close()
