@@ -35,6 +35,7 @@ from llama_hpc.runtime.stopping import Stop
 from llama_hpc.runtime.topology import available_memory, hostname
 
 _LOG = logging.getLogger(__name__)
+_UNEXPLAINED = 5                # failures one after the other behind which nobody is gone
 
 
 class _Relieved(Exception):
@@ -73,8 +74,9 @@ class SurvivingJob(Job):
         return code
 
     def answer_all(self) -> None:
-        shift = None
+        shift, unexplained = None, 0
         while True:
+            lost = len(self.survivors.lost)
             try:
                 shift = shift or self.survivors.persist(self._assign)
                 if not shift.complete:
@@ -82,9 +84,11 @@ class SurvivingJob(Job):
                 return
             except _Relieved as relieved:
                 shift = relieved.shift
-            except FAILURES as error:
-                _LOG.debug("%s", error)
+            except FAILURES:
                 shift = self._regroup()
+                unexplained = 0 if len(self.survivors.lost) > lost else unexplained + 1
+                if unexplained > _UNEXPLAINED:
+                    raise
 
     def _carry_out(self, shift: Shift) -> None:
         """This rank's part of everything that is left to do."""
