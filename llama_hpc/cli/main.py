@@ -10,6 +10,7 @@ import importlib
 import llama_hpc
 from llama_hpc.runtime.abort import guarded
 from llama_hpc.runtime.launch import is_first, let_first_speak
+from llama_hpc.runtime.watchdog import watching
 
 COMMANDS = ("run", "score", "quantize", "info", "show", "bench", "warmup")
 
@@ -56,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:
         return stop.code or 0
-    return guarded(lambda: _module(args.command).main(args))
+    def run() -> int:
+        with watching(args.command):
+            return _module(args.command).main(args)
+    return guarded(run)
 
 
 def _module(command: str):

@@ -4,6 +4,7 @@ import argparse
 import re
 
 from llama_hpc.engine.llm import FORMATS, KV_CACHES, REDUCE
+from llama_hpc.runtime.watchdog import DEFAULT_LIMIT
 
 
 def whole(lowest: int, highest: int | None = None):
@@ -29,6 +30,11 @@ def seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of seconds, more than 0, got {text!r}")
     return value
+
+
+def seconds_or_never(text: str) -> float:
+    """An argparse type: a time in seconds, or 0."""
+    return 0.0 if text.strip() == "0" else seconds(text)
 
 
 def memory_size(text: str) -> int:
@@ -76,6 +82,13 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """The file to write."""
     parser.add_argument("--output", required=True, metavar="FILE", help="HDF5 file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def add_watch(parser: argparse.ArgumentParser) -> None:
+    """How long a job may stand still."""
+    parser.add_argument("--hang-limit", type=seconds_or_never, default=DEFAULT_LIMIT, metavar="S",
+                        help="end the job, and say where each rank is, when no rank that others wait for has got further for S "
+                             "seconds; 0: never (default: %(default)g)")
 
 
 def add_durability(parser: argparse.ArgumentParser) -> None:
