@@ -1,15 +1,17 @@
 """Ranks ask each other where they stand, without MPI: through files in a folder that they share.
 
-A rank asks by a file ``hang-call-RANK``; every rank that sees it writes ``hang-RANK.txt``, where it is in one line of JSON, and
+A rank asks by a file ``.hang-call-RANK``; every rank that sees it writes ``hang-RANK.txt``, where it is in one line of JSON, and
 behind it the stacks of its threads. The files bear the mark of their job: others, of a run before, are not looked at.
 """
 
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+_CALL = re.compile(r"\.hang-call-(\d+)")
 Call = tuple[int, int]          # who asks, for the how manieth time
 
 
@@ -18,35 +20,26 @@ class RollCall:
 
     def __init__(self, folder: Path, mark: str, rank: int):
         self.folder, self._mark, self._rank = folder, mark, rank
-        self._number, self._made = 0, False
+        self._number = 0
 
     def ask(self) -> Call:
         """Asks all."""
         self._number += 1
-        if not self.folder.is_dir():
-            self.folder.mkdir(exist_ok=True)
-            self._made = True
-        self._put(f"hang-call-{self._rank}", json.dumps({"job": self._mark, "number": self._number}))
+        self._put(f".hang-call-{self._rank}", json.dumps({"job": self._mark, "number": self._number}))
         return self._rank, self._number
 
     def withdraw(self) -> None:
         """Nobody need answer this rank any more."""
         with contextlib.suppress(OSError):
-            (self.folder / f"hang-call-{self._rank}").unlink()
-
-    def end(self) -> None:
-        """Nobody need answer anybody any more; what was answered stays."""
-        with contextlib.suppress(OSError):
-            for path in self.folder.glob("hang-call-*"):
-                path.unlink()
+            (self.folder / f".hang-call-{self._rank}").unlink()
 
     def calls(self) -> set[Call]:
         """Who asks now."""
         found = set()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
-            for name in [entry.name for entry in entries if entry.name.startswith("hang-call-")]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            for name in [entry.name for entry in entries if _CALL.fullmatch(entry.name)]:
                 if asked := self._read(name):
-                    found.add((int(name.rpartition("-")[2]), asked["number"]))
+                    found.add((int(_CALL.fullmatch(name)[1]), asked["number"]))
         return found
 
     def answer(self, calls: set[Call], state: dict[str, Any], stacks: str) -> None:
@@ -60,18 +53,25 @@ class RollCall:
         return {rank: state for rank, state in found.items() if state and list(call) in state["calls"]}
 
     def clear(self) -> None:
-        """Takes away what this rank has written, and the folder where it was made for that and nothing else is in it."""
+        """Takes away what this rank has written, and the folder where nothing else is in it."""
         self.withdraw()
         with contextlib.suppress(OSError):
-            (self.folder / f"hang-{self._rank}.txt").unlink()
-            if self._made:
-                self.folder.rmdir()
+            (self.folder / f"hang-{self._rank}.txt").unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _put(self, name: str, text: str) -> None:
         """A file, whole or not at all."""
-        temporary = self.folder / f".{name}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.folder / name)
+        temporary = self.folder / f".{name}.tmp"
+        for last in (False, False, True):
+            try:
+                self.folder.mkdir(exist_ok=True)
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, self.folder / name)
+                return
+            except FileNotFoundError:
+                # Another rank, which needed the folder no longer, has just removed it.
+                if last or not self.folder.parent.is_dir():
+                    raise
 
     def _read(self, name: str) -> dict[str, Any] | None:
         """The first line of a file; None where it is none of this job's."""

@@ -63,6 +63,7 @@ class Watchdog(threading.Thread):
         self._answered: set[Call] = set()
         self._told: set[int] = set()
         self._over = threading.Event()
+        self._guard(True)
 
     def run(self) -> None:
         """Looks again and again, until ``stop``."""
@@ -112,11 +113,11 @@ class Watchdog(threading.Thread):
 
     def _guard(self, on: bool) -> None:
         """Outside of steps the main thread may be stuck with the interpreter's lock, as in a page of a file that never comes.
-        Then this thread cannot run, but one of C's shows the stacks and ends the process."""
+        Then this thread cannot run; when the others had time to say so, one of C shows the stacks and ends the process."""
         if self._alone:
             faulthandler.cancel_dump_traceback_later()
             if on:
-                faulthandler.dump_traceback_later(2 * self.limit + self._patience, exit=True)
+                faulthandler.dump_traceback_later(2 * (self.limit + self._patience) + 5, exit=True)
 
     def _take_part(self, passed: float) -> None:
         """Asks others, answers them, and judges. Raises OSError."""
@@ -172,7 +173,6 @@ class Watchdog(threading.Thread):
 
     def _end(self, answers: dict[int, dict[str, Any]], silent: set[int], more: str = "") -> None:
         """One line, and the end of the job."""
-        self._roll.end()
         where = explain(answers, {rank: self.processes[rank] for rank in silent})
         stacks_in = "" if more else f"stacks in {self._roll.folder}/hang-*.txt"
         told = f"no progress for {self.limit:g} s (the hang limit): {where}", more, stacks_in, self._cure
