@@ -9,8 +9,8 @@ import importlib
 
 import llama_hpc
 from llama_hpc.runtime.abort import guarded
+from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.launch import is_first, let_first_speak
-from llama_hpc.runtime.watchdog import watching
 
 COMMANDS = ("run", "score", "quantize", "info", "show", "bench", "warmup")
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code or 0
     def run() -> int:
-        with watching(args.command):
+        with doing(args.command):
             return _module(args.command).main(args)
     return guarded(run)
 

@@ -4,7 +4,7 @@ import argparse
 import re
 
 from llama_hpc.engine.llm import FORMATS, KV_CACHES, REDUCE
-from llama_hpc.runtime.watchdog import DEFAULT_LIMIT
+from llama_hpc.runtime.activity import HANG_LIMIT
 
 
 def whole(lowest: int, highest: int | None = None):
@@ -86,7 +86,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 def add_watch(parser: argparse.ArgumentParser) -> None:
     """How long a job may stand still."""
-    parser.add_argument("--hang-limit", type=seconds_or_never, default=DEFAULT_LIMIT, metavar="S",
+    parser.add_argument("--hang-limit", type=seconds_or_never, default=HANG_LIMIT, metavar="S",
                         help="end the job, and say where each rank is, when no rank that others wait for has got further for S "
                              "seconds; 0: never (default: %(default)g)")
 

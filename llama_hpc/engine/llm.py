@@ -13,6 +13,7 @@ from llama_hpc.engine.sampling_params import SamplingParams, is_integer
 from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
 from llama_hpc.parallel import ParallelConfig
+from llama_hpc.runtime.activity import HANG_LIMIT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ class Transformer:
     def __init__(self, model: str | PathLike, parallel: ParallelConfig | None = None, *, weights: str | None = None,
                  threads: int | None = None, max_seq_len: int | None = None, reduce: str = "auto",
                  sequence_parallel: int = 2048, overlap: int = 32, context_parallel: int = 1, kv_cache: str = "auto",
-                 comm: MPI.Comm | None = None, progress: bool = False, hang_limit: float = 600.0, **batching: Any):
+                 comm: MPI.Comm | None = None, progress: bool = False, hang_limit: float = HANG_LIMIT, **batching: Any):
         from llama_hpc.runtime.abort import end_job_on_errors
         from llama_hpc.runtime.launch import check_world, world
         from llama_hpc.runtime.start import prepare

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+HANG_LIMIT = 600.0              # seconds without getting further before a watchdog does something about it
+
 
 class Stepping(Protocol):
     """What takes many steps; both methods may be called from any thread, at any time."""

@@ -8,6 +8,7 @@ that did not even answer, and ends the job. Ranks that nobody waits for are miss
 Time counts while this process runs: a job that its scheduler suspends, and continues, has not stood still.
 """
 
+import atexit
 import faulthandler
 import logging
 import os
@@ -16,8 +17,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Hashable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from llama_hpc.runtime.standstill import Process, explain, stacks, state
 from llama_hpc.runtime.topology import hostname
 
 _LOG = logging.getLogger(__name__)
-DEFAULT_LIMIT = 600.0
 _WAITING = str(Path(__file__).resolve().parents[1] / "comm")        # where ranks wait for each other
 _TURN = 3.0                     # seconds that a rank leaves to a lower one to end the job
 
@@ -207,28 +207,25 @@ def start(comm, limit: float, folder: Path, cure: str, alone: bool = False) -> W
     global _current
     if _current is not None:
         _current.stop()
+    atexit.unregister(_end)
+    atexit.register(_end)
     _current = Watchdog(comm, limit, folder, cure, alone) if limit else None
     if _current is not None:
         _current.start()
     return _current
 
 
+def _end() -> None:
+    """The process is about to end. Ranks leave MPI together, when no thread of Python runs any more: SIGALRM ends one that waits
+    too long."""
+    dog = _current
+    if dog is not None:
+        dog.stop()
+        if len(dog.processes) > 1:
+            signal.alarm(round(dog.limit) + 1)
+
+
 def forget(ranks: Iterable[int]) -> None:
     """Ranks of the world that are gone, and that nobody waits for any more."""
     if _current is not None:
         _current.ranks -= set(ranks)
-
-
-@contextmanager
-def watching(what: str) -> Iterator[None]:
-    """The whole of a job, whose watchdog is started in the block."""
-    with activity.doing(what):
-        try:
-            yield
-        finally:
-            dog = _current
-            if dog is not None:
-                dog.stop()
-    if dog is not None and len(dog.processes) > 1:
-        # Ranks leave MPI together, when no thread of Python runs any more: SIGALRM ends a process that then waits too long.
-        signal.alarm(max(1, round(dog.limit)))

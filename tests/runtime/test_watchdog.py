@@ -24,7 +24,7 @@ from pathlib import Path
 from llama_hpc.runtime.abort import agreed, guarded
 from llama_hpc.runtime.activity import beat, doing
 from llama_hpc.runtime.launch import world
-from llama_hpc.runtime.watchdog import watching
+from llama_hpc.runtime.watchdog import start
 
 class Steps:
     def __init__(self, step):
@@ -78,7 +78,8 @@ def steps_that_go_on(comm):
 
 def main():
     comm = world()
-    with watching(comm, {LIMIT}, Path("progress"), "--resume goes on", "run"):
+    start(comm, {LIMIT}, Path("progress"), "--resume goes on", alone=True)
+    with doing("run"):
         globals()[sys.argv[1]](comm)
 
 sys.exit(guarded(main))
