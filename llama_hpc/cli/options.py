@@ -91,6 +91,11 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
                              "seconds; 0: never (default: %(default)g)")
 
 
+def add_rescue(parser, meaning: str) -> None:
+    """A second place."""
+    parser.add_argument("--rescue", metavar="FOLDER", help=meaning)
+
+
 def add_durability(parser: argparse.ArgumentParser) -> None:
     """How a run survives its end."""
     group = parser.add_argument_group("progress, kept in FILE.progress until FILE is complete")
@@ -102,8 +107,7 @@ def add_durability(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sync-interval", type=seconds, default=5.0, metavar="S",
                        help="seconds of finished answers that the death of a node may cost; that of the job costs none "
                             "(default: %(default)g)")
-    group.add_argument("--rescue", metavar="FOLDER",
-                       help="where finished answers go when the output's file system fails; give it with --resume again")
+    add_rescue(group, "where finished answers go when the output's file system fails; give it with --resume again")
     group.add_argument("--spares", type=whole(0), default=0, metavar="N",
                        help="under mpirun --with-ft ulfm: ranks that wait to take the places of lost ones (default: %(default)s)")
 
