@@ -15,7 +15,7 @@ class Program:
     """
 
     def __init__(self, pool: Pool):
-        self.pool, self.names = pool, []
+        self.pool, self.names, self.kinds = pool, [], []
         self.status = np.zeros(0, np.int64)
         self._kept: list = []
         self._functions: list[int] = []
@@ -25,7 +25,8 @@ class Program:
     def add(self, name, function, dtype: np.dtype, work, keep=(), **fields) -> None:
         """Appends an operation: a cfunc and its record. ``fields`` are addresses, integers or arrays (their address is taken).
 
-        ``work`` is a record of a WorkDistribution; ``name`` is given back for a status. Arrays are kept alive, ``keep`` too.
+        ``work`` is a record of a WorkDistribution; ``name`` is given back for a status, and ``kinds`` has the function's. Arrays
+        are kept alive, ``keep`` too.
         """
         record = np.zeros(1, dtype)
         record["team"], record["work"] = self.pool.address, address(work)
@@ -35,6 +36,7 @@ class Program:
         self._functions.append(function.address)
         self.records.append(record)
         self.names.append(name)
+        self.kinds.append(function.function.__name__.removesuffix("_operation"))
         self._table = None
 
     def _finish(self) -> None:
@@ -60,6 +62,12 @@ class Program:
                 first = i
             between()
         return first
+
+    def find(self, place: int) -> int | None:
+        """The number of the operation that stands at such a place of ``Pool.reached``; None where it is not of this program."""
+        if self._table is None or not 0 <= place - address(self._table) < self._table.nbytes:
+            return None
+        return (place - address(self._table)) // 16
 
     def clear(self) -> None:
         """Forgets what was found."""

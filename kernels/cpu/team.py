@@ -19,9 +19,10 @@ SCHEDULES = ("static", "dynamic", "guided", "nested", "tiled", "steal")
 THREADS, SPINS, OPERATIONS, COUNT = 0, 1, 2, 3
 GENERATION, ARRIVED, PHASE, STOP, NEXT = 8, 16, 24, 32, 40          # behind GENERATION and PHASE: their sleepers
 GROUPS = 48                     # a line for each group of nested loops: its counter
-MEMBER_WORDS = 24
-# Words of a member, behind a line for every group: what is left of a range that others steal from; how often they did; its own.
-RANGE, LOST, OWN_RANGE, PIECES, LOOPS, STRIKES, TASKS, STEALS, WAITS, SCRATCH = 0, 8, *range(16, 24)
+MEMBER_WORDS = 32
+# Words of a member, behind a line for every group: what is left of a range that others steal from; how often they did; its own,
+# of which the last one tells the operation that it came to last, by where that stands in its program.
+RANGE, LOST, OWN_RANGE, PIECES, LOOPS, STRIKES, TASKS, STEALS, WAITS, SCRATCH, REACHED = 0, 8, *range(16, 25)
 
 WORK = record("schedule", "min_chunk", "max_chunk", "tasks_per_thread", "groups", "tile_rows", "tile_tokens")
 
@@ -80,6 +81,7 @@ def _execute(team, member, operations, count, late):
     """
     table, own = int64_at(operations), int64_at(member_words(team, member))
     for i in range(count):
+        own[REACHED] = operations + 16 * i
         call(table[2 * i], member, table[2 * i + 1])
         own[WAITS] += late
         late = barrier(team, member)

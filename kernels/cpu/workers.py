@@ -191,6 +191,10 @@ class Pool:
                 raise RuntimeError("this pool is closed")
             return team.run(self.address, operations, count, status)
 
+    def reached(self) -> list[int]:
+        """Where each member's last operation stands (see ``Program.find``); may be asked from any thread, at any time."""
+        return [int(self._own(member)[team.REACHED]) for member in range(self.threads)]
+
     def stats(self) -> WorkStealingStats:
         """The counters since ``reset``."""
         own = [self._own(member) for member in range(self.threads)]

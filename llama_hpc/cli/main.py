@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import llama_hpc
 from llama_hpc.runtime.abort import end_process, guarded
+from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.launch import is_first, let_first_speak
 
 COMMANDS = ("run", "score", "quantize", "info", "show", "bench", "warmup")
@@ -58,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:
         return stop.code or 0
-    return guarded(lambda: _module(args.command).main(args))
+    def run() -> int:
+        with doing(args.command):
+            return _module(args.command).main(args)
+    return guarded(run)
 
 
 def program() -> NoReturn:

@@ -4,6 +4,7 @@ import argparse
 import re
 
 from llama_hpc.engine.llm import FORMATS, KV_CACHES, REDUCE
+from llama_hpc.runtime.activity import HANG_LIMIT
 
 
 def whole(lowest: int, highest: int | None = None):
@@ -29,6 +30,11 @@ def seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of seconds, more than 0, got {text!r}")
     return value
+
+
+def seconds_or_never(text: str) -> float:
+    """An argparse type: a time in seconds, or 0."""
+    return 0.0 if text.strip() == "0" else seconds(text)
 
 
 def memory_size(text: str) -> int:
@@ -78,6 +84,18 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
+def add_watch(parser: argparse.ArgumentParser) -> None:
+    """How long a job may stand still."""
+    parser.add_argument("--hang-limit", type=seconds_or_never, default=HANG_LIMIT, metavar="S",
+                        help="end the job, and say where each rank is, when no rank that others wait for has got further for S "
+                             "seconds; 0: never (default: %(default)g)")
+
+
+def add_rescue(parser, meaning: str) -> None:
+    """A second place."""
+    parser.add_argument("--rescue", metavar="FOLDER", help=meaning)
+
+
 def add_durability(parser: argparse.ArgumentParser) -> None:
     """How a run survives its end."""
     group = parser.add_argument_group("progress, kept in FILE.progress until FILE is complete")
@@ -89,8 +107,7 @@ def add_durability(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sync-interval", type=seconds, default=5.0, metavar="S",
                        help="seconds of finished answers that the death of a node may cost; that of the job costs none "
                             "(default: %(default)g)")
-    group.add_argument("--rescue", metavar="FOLDER",
-                       help="where finished answers go when the output's file system fails; give it with --resume again")
+    add_rescue(group, "where finished answers go when the output's file system fails; give it with --resume again")
     group.add_argument("--spares", type=whole(0), default=0, metavar="N",
                        help="under mpirun --with-ft ulfm: ranks that wait to take the places of lost ones (default: %(default)s)")
 

@@ -14,7 +14,8 @@ def progress(folder: ProgressFolder) -> dict[str, Any]:
 
     Raises ResultsError for progress that cannot be read.
     """
-    found, identity = folder.read(), folder.identity() or {}
+    identity = folder.identity() or {}
+    found = folder.read(identity)
     total, running = identity.get("answers"), folder.in_use()
     last = found.runs[-1] if found.runs else {}
     count = len(found.outputs)

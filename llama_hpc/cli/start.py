@@ -23,9 +23,23 @@ def start(args: argparse.Namespace, read=lambda args: None, comm=None) -> tuple:
     from llama_hpc.runtime import log
     from llama_hpc.runtime.start import prepare
     log.setup(comm.rank)
+    _watch(args, comm)
     ranks = world.size - getattr(args, "spares", 0)
     node, threads, (more, shape) = prepare(comm, args.threads, lambda: (read(args), grid_shape(args, ranks)))
     from llama_hpc.engine.model_job import ModelSettings
     settings = ModelSettings(args.model, args.weights, threads, shape, args.reduce, args.sequence_parallel, args.overlap,
                              args.kv_cache, context_parallel=args.context_parallel)
     return settings, comm, node, more
+
+
+def _watch(args: argparse.Namespace, comm) -> None:
+    """The watchdog of the command. Collective over ``comm``."""
+    import os
+    from pathlib import Path
+
+    from llama_hpc.runtime import watchdog
+    kept = hasattr(args, "resume")
+    # Of a run, beside the answers that it keeps (see ``results.parts``).
+    folder = Path(os.path.realpath(args.output) + (".progress" if kept else ".hang"))
+    cure = "finished answers are kept, --resume goes on" if kept else "nothing is kept, begin again"
+    watchdog.start(comm, args.hang_limit, folder, cure, alone=True)

@@ -14,13 +14,14 @@ from typing import Any
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.model_job import ModelJob
 from llama_hpc.errors import ResultsError, UsageError
-from llama_hpc.results import read_results
+from llama_hpc.results import check_rescue, read_results
 from llama_hpc.results.part_writer import PartWriter
-from llama_hpc.results.parts import Found, ProgressFolder, check_same_job, try_lock
+from llama_hpc.results.parts import VERSION, Found, ProgressFolder, check_same_job, try_lock
 from llama_hpc.results.records import framed, output_record
 from llama_hpc.results.schema import Output
 from llama_hpc.results.storage import remove_unfinished
 from llama_hpc.runtime.abort import agreed, on_first
+from llama_hpc.runtime.stopping import Stop
 from llama_hpc.runtime.topology import hostname
 
 _LOG = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Durable:
         self.run: int | None = None             # which one this is of the job's runs
         self.writer: PartWriter | None = None
         self.complete = False
+        self.stop: Stop | None = None           # told when a file system has failed for good
 
     def examine(self, identity: dict[str, Any]) -> Done:
         """First rank, before weights are read: locks the output, and returns what has an answer already.
@@ -69,11 +71,10 @@ class Durable:
         """
         self.identity = identity
         exists = os.path.isfile(self.output)
-        if self.rescue and not self.rescue.is_dir():
-            raise UsageError(f"--rescue {self.rescue} is not a folder: create it or give another")
+        check_rescue(self.rescue)
         self._lock(_PATIENCE if self.resume else 0)
         if not self.resume:
-            if self.folder.parts and not self.overwrite:
+            if not self.overwrite and not self.folder.is_empty():
                 raise UsageError(f"an earlier run into {self.output} was not finished: --resume goes on with it, --overwrite "
                                  "begins anew")
             self.folder.wait_for_writers()
@@ -100,7 +101,7 @@ class Durable:
         if self.complete:
             self.folder.remove()
             return frozenset()
-        return _answered(self.folder.read(self.rescue))
+        return _answered(self.folder.read(self.identity, self.rescue))
 
     def _lock(self, patience: float) -> None:
         holder = {"process": os.getpid(), "host": hostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -120,20 +121,20 @@ class Durable:
             return results.status == "complete"
 
     def _take_over(self) -> None:
-        before = self.folder.identity()
-        if before is None and self.folder.parts:
-            raise ResultsError(f"{self.folder.path} has answers, but no job.json that says of which job: --overwrite in place of "
-                               "--resume begins anew")
-        check_same_job(self.folder.output, before or {}, self.identity)
+        if self.folder.is_empty() and not self.rescue:
+            # Nothing is finished, so there is nothing that must not change.
+            self.folder.clear()
+            return
+        check_same_job(self.folder.output, self.folder.identity() or {}, self.identity)
         self.folder.wait_for_writers()
-        self.found = self.folder.read(self.rescue)
+        self.found = self.folder.read(self.identity, self.rescue)
         if self.found.runs:
             torn = f", {self.found.torn} bytes of half written ones cut off" if self.found.torn else ""
             _LOG.info("resuming: %d answers of %d earlier run%s%s", len(self.found.outputs), len(self.found.runs),
                       "s" * (len(self.found.runs) > 1), torn)
 
     def begin(self, job: ModelJob, number: int = 0) -> None:
-        """With the model loaded: makes each leader's part, which is that of replica ``number`` for the first one of the grid.
+        """With the model loaded: readies each leader's part, which is that of replica ``number`` for the first one of the grid.
 
         Collective over the job. Raises UsageError, ResultsError.
         """
@@ -143,26 +144,30 @@ class Durable:
                 self.open_part(job, number + job.grid.data_index)
 
     def open_part(self, job: ModelJob, number: int) -> None:
-        """Leader of replica ``number``: makes the file of its answers. Not collective. Raises ResultsError."""
+        """Leader of replica ``number``: readies the file of its answers. Not collective. Raises ResultsError."""
         folder = self.folder.path
         if not folder.is_dir():
             raise ResultsError(f"{folder}, made by the first rank, is not there on {hostname()}: the output must be on a file "
                                "system that all nodes share")
-        header = {"replica": number, "host": hostname(), "pid": os.getpid(), "grid": str(job.grid.shape), "ranks": job.comm.size,
-                  "threads": job.threads, "start_time": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.writer = PartWriter(self.folder.part(self.run, number), framed(header), self.interval, rescue=self.rescue,
-                                 lock=try_lock)
+        self.folder.try_to_write()
+        header = {"version": VERSION, "identity": self.identity, "replica": number, "host": hostname(), "pid": os.getpid(),
+                  "grid": str(job.grid.shape), "ranks": job.comm.size, "threads": job.threads,
+                  "start_time": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.writer = PartWriter(self.folder.part(self.run, number), framed(header), self.interval, self.rescue, try_lock,
+                                 self._stop_the_run)
+
+    def _stop_the_run(self) -> None:
+        if self.stop:
+            self.stop.ask("a file system that fails")
 
     def _identify(self, content_hash: str) -> tuple[dict[str, Any], int]:
-        before, now = self.folder.identity(), self.identity | {"model content": content_hash}
-        if before is None:
-            self.folder.identify(now)
-        else:
-            check_same_job(self.folder.output, before, now)
+        before, now = self.found.identity or self.folder.identity(), self.identity | {"model content": content_hash}
+        check_same_job(self.folder.output, before or {}, now)
+        self.folder.identify(now, self.run)
         return now, self.run
 
     def keep(self, output: Output) -> None:
-        """Leader: a finished answer. Raises ResultsError once the file system has failed for good."""
+        """Leader: a finished answer."""
         self.writer.append(output_record(output))
 
     def collect(self, job: ModelJob) -> Found:
@@ -177,7 +182,7 @@ class Durable:
             if not job.first:
                 return Found()
             self.identity = self.folder.identity() or self.identity
-            return self.folder.read(self.rescue)
+            return self.folder.read(self.identity, self.rescue, self.found)
 
     def close(self) -> None:
         """This rank will keep no more answers; those that it has kept are on disk. Raises ResultsError where they are not."""
@@ -190,9 +195,9 @@ class Durable:
         self.folder.remove()
 
     def abandon(self) -> None:
-        """The run has failed. What is finished stays for the next one. Not collective."""
+        """The run has failed. What is finished stays for the next one; where nothing is, nothing is left. Not collective."""
         with suppress(ResultsError):
             self.close()
-            if self.folder.is_empty():
-                self.folder.remove()
+        if self.folder.locked or self.run is not None:
+            self.folder.discard()
         self.folder.release()

@@ -40,6 +40,7 @@ class Job(ModelJob):
         self.identity: dict[str, Any] = {}
         self.hashes: dict[str, str] | None = {} if args.hash_weights else None
         self.durable = Durable(args.output, args.resume, args.overwrite, args.sync_interval, args.rescue)
+        self.durable.stop = stop
 
     def run(self) -> int:
         """Raises what goes wrong, on every rank where all share it; returns 0."""
@@ -145,9 +146,10 @@ class Job(ModelJob):
         try:
             digest = write_results(self.args.output, self.requests, self.texts, outputs, self.facts, tables,
                                    status="incomplete" if stopped else "complete",
-                                   overwrite=self.args.overwrite or self.args.resume)
+                                   overwrite=self.args.overwrite or self.args.resume, rescue=self.durable.rescue)
         except ResultsError as error:
-            raise ResultsError(f"{error}: all answers are kept in {self.durable.folder.path}: make room, then --resume") from None
+            kept = f"; all answers are kept in {self.durable.folder.path}" if self.durable.folder.parts else ""
+            raise ResultsError(f"{error}{kept}: make room or mend the file system, then --resume") from None
         if stopped:
             _LOG.warning("stopped by %s: %s has %d of %d answers, --resume goes on", stopped, self.args.output, len(outputs),
                          samples)

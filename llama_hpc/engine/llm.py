@@ -13,6 +13,7 @@ from llama_hpc.engine.sampling_params import SamplingParams, is_integer
 from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
 from llama_hpc.parallel import ParallelConfig
+from llama_hpc.runtime.activity import HANG_LIMIT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,8 @@ class Transformer:
     is quantised). ``threads`` of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores).
     ``max_seq_len``: limit of prompt and answer together (default: the model's context). ``reduce``, ``sequence_parallel``,
     ``overlap``, ``context_parallel`` and ``kv_cache``: as of the command line. ``comm``: an MPI communicator (default: the
-    world). ``progress``: shows how far long steps have come.
+    world). ``progress``: shows how far long steps have come. ``hang_limit``: when ranks have stood still in a call for so many
+    seconds, the job ends with a line that says where each of them is (0: never; a rank alone is not watched).
 
     All ranks make the same calls with the same arguments; of prompts, texts and token ids those of the first rank count. An error
     that all ranks share is raised on all of them. Under several ranks an exception that ends the script of one of them ends the
@@ -47,7 +49,7 @@ class Transformer:
     def __init__(self, model: str | PathLike, parallel: ParallelConfig | None = None, *, weights: str | None = None,
                  threads: int | None = None, max_seq_len: int | None = None, reduce: str = "auto",
                  sequence_parallel: int = 2048, overlap: int = 32, context_parallel: int = 1, kv_cache: str = "auto",
-                 comm: MPI.Comm | None = None, progress: bool = False, **batching: Any):
+                 comm: MPI.Comm | None = None, progress: bool = False, hang_limit: float = HANG_LIMIT, **batching: Any):
         from llama_hpc.runtime.abort import end_job_on_errors
         from llama_hpc.runtime.launch import check_world, world
         from llama_hpc.runtime.start import prepare
@@ -63,10 +65,13 @@ class Transformer:
             _check_choice("kv_cache", kv_cache, KV_CACHES)
             if not is_integer(context_parallel) or context_parallel < 1:
                 raise UsageError(f"context_parallel must be a whole number of at least 1, got {context_parallel!r}")
+            if not isinstance(hang_limit, int | float) or not 0 <= hang_limit < float("inf"):
+                raise UsageError(f"hang_limit must be a number of seconds, or 0, got {hang_limit!r}")
             if not isinstance(parallel, ParallelConfig):
                 raise UsageError(f"parallel must be a ParallelConfig, got {parallel!r}")
             return parallel.shape(comm.size)
         node, threads, shape = prepare(comm, threads, read)
+        self._watchdog = _watch(comm, hang_limit)
         from llama_hpc.engine.model_job import ModelSettings
         from llama_hpc.engine.session import Session
         settings = ModelSettings(str(model), weights, threads, shape, reduce, sequence_parallel, overlap, kv_cache, progress,
@@ -128,6 +133,8 @@ class Transformer:
         if self._session is not None:
             self._session.close()
             self._session = None
+            if self._watchdog is not None:
+                self._watchdog.stop()
 
     def __enter__(self) -> Transformer:
         return self
@@ -167,6 +174,14 @@ class LLM(Transformer):
         ``window`` and ``stride`` as of ``llama-hpc score``, whose bits these are. Raises UsageError and NumericsError.
         """
         return self.session.score(texts, window, stride)
+
+
+def _watch(comm: MPI.Comm, limit: float):
+    """The watchdog of this process's calls, if it is to have one. Collective over ``comm``."""
+    from pathlib import Path
+
+    from llama_hpc.runtime.watchdog import start
+    return start(comm, limit, Path.cwd() / "llama-hpc.hang", "begin again") if comm.size > 1 else None
 
 
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:

@@ -10,9 +10,11 @@ from llama_hpc.engine.logits import LogitsGather
 from llama_hpc.engine.metrics import Recorder
 from llama_hpc.engine.pages import PagePool
 from llama_hpc.engine.pipeline import PipelineStage, PipelineState
+from llama_hpc.engine.whereabouts import Whereabouts
 from llama_hpc.grid import Grid
 from llama_hpc.model.faults import error_of
 from llama_hpc.model.transformer import Batch, TransformerStage
+from llama_hpc.runtime.activity import doing
 
 
 class StepLoop:
@@ -56,6 +58,11 @@ class StepLoop:
     def run(self) -> None:
         """Steps until the leader says that one was the last. Raises NumericsError on every rank of the replica at the same
         step."""
+        where = Whereabouts(self)
+        with doing("steps", where.ranks, where):
+            self._run()
+
+    def _run(self) -> None:
         if self.outcomes.leads:
             self.decide(self.outcomes.of(0), 0, None)
         self.outcomes.post(0)

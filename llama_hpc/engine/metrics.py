@@ -11,6 +11,7 @@ import numpy as np
 # ``compute``: kernels, without ``reduce``: joins with tensor ranks, in the midst of computing; ``gather``: logits and faults;
 # ``decide``: samples, on the leader; ``idle``: nothing to do before the next request arrives.
 PHASES = ("outcome", "schedule", "receive", "compute", "send", "gather", "decide", "idle", "reduce")
+_IN_TURN = PHASES[:7]
 WAITING = ("outcome", "receive")        # a stage with nothing to do: the bubble of the pipeline
 _NUMBER = {phase: number for number, phase in enumerate(PHASES)}
 # What a step held: rows, of which prompts' are prefill; sequences that run and wait; pages of the cache that are held.
@@ -68,6 +69,16 @@ class Recorder:
         now = time.monotonic_ns()
         self._laps[_NUMBER[phase]] += now - self._last
         self._last = now
+
+    def mark(self) -> tuple[int, int]:
+        """Changes with every lap. From any thread."""
+        return self._steps, self._last
+
+    def now(self) -> tuple[int, str]:
+        """The number of the step (0 before the first one) and the phase that this rank is in. From any thread."""
+        behind = [phase for phase, spent in zip(_IN_TURN, self._laps, strict=False) if spent]
+        place = _IN_TURN.index(behind[-1]) + 1 if behind else 0
+        return self._steps + (self._first > 0), _IN_TURN[min(place, len(_IN_TURN) - 1)]
 
     def step_seconds(self) -> tuple[float, float]:
         """How long this step has taken up to the last lap, and for how much of it this rank waited."""

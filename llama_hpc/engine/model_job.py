@@ -28,6 +28,7 @@ from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cache
 from llama_hpc.runtime.abort import agreed
+from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.launch import fault_tolerant
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
@@ -245,8 +246,9 @@ class Watch:
 
     def until(self, replicas: int) -> None:
         """Waits until all replicas have ended; looks often, as the time until the last answer is measured."""
-        while self.counters.read(ENDED) < replicas:
-            time.sleep(0.01)
-            self.counters.let_others()
-            self._look()
+        with doing("waiting for other replicas", polls=True):
+            while self.counters.read(ENDED) < replicas:
+                time.sleep(0.01)
+                self.counters.let_others()
+                self._look()
         self._look()

@@ -10,7 +10,7 @@ from llama_hpc.engine.model_job import ModelJob, ModelSettings
 from llama_hpc.engine.packing import pages_needed
 from llama_hpc.engine.scoring import plan_scoring, score, scores_of, sizes_for
 from llama_hpc.kernels.numerics import PAGE
-from llama_hpc.results import check_output_path, write_scores
+from llama_hpc.results import check_output_path, check_rescue, write_scores
 from llama_hpc.runtime.abort import on_first
 from llama_hpc.text import load_tokenizer
 
@@ -49,6 +49,7 @@ class ScoreJob(ModelJob):
     def _read(self) -> tuple[list[ReadyDocument], int, int]:
         """First rank: everything about the texts and the output that can be checked before a weight is read."""
         check_output_path(self.args.output, self.args.overwrite)
+        self.rescue = check_rescue(self.args.rescue)
         documents = read_documents(self.args.texts)
         checkpoint = self.examine()
         window, stride = window_and_stride(self.args.window, self.args.stride, checkpoint.config)
@@ -57,5 +58,5 @@ class ScoreJob(ModelJob):
     def _write(self, documents: list[ReadyDocument], windows: list[Window], gathered: list[dict]) -> None:
         scores = scores_of(documents, windows, gathered)
         digest, perplexity = write_scores(self.args.output, scores, self.window, self.stride, self.facts,
-                                          overwrite=self.args.overwrite)
+                                          overwrite=self.args.overwrite, rescue=self.rescue)
         _LOG.info("perplexity %.6g, scores in %s, digest %s", perplexity, self.args.output, digest)

@@ -21,6 +21,7 @@ from llama_hpc.errors import UsageError
 from llama_hpc.model.transformer import TransformerStage
 from llama_hpc.results import Output, Score
 from llama_hpc.runtime.abort import agreed, on_first
+from llama_hpc.runtime.activity import doing
 from llama_hpc.text import load_tokenizer
 
 USUAL_LENGTH = 2048             # positions of a sequence that a grid and a state are made for, unless told otherwise
@@ -33,6 +34,7 @@ class Session(ModelJob):
     ``max_seq_len`` limits prompt and answer together (None: the model's context); ``batching`` are settings of ``Batching``.
     """
 
+    @doing("loading a model")
     def __init__(self, settings: ModelSettings, comm: MPI.Comm, node: MPI.Comm, max_seq_len: int | None,
                  batching: Mapping[str, Any]):
         super().__init__(settings, comm, node)
@@ -66,6 +68,7 @@ class Session(ModelJob):
         """Positions of a sequence, where nothing else is known of it."""
         return self.max_seq_len or min(self.context, USUAL_LENGTH)
 
+    @doing("generate")
     def generate(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams]) -> list[Output]:
         """The answers, prompt by prompt, sample by sample; their digest is that of ``llama-hpc run`` for prompts without ids."""
         ready = on_first(self.comm, self._requests, prompts, params)
@@ -77,6 +80,7 @@ class Session(ModelJob):
         outputs = [output for part in gathered for output in part] if self.first else []
         return self.comm.bcast(sorted(outputs, key=lambda output: (output.request, output.sample)))
 
+    @doing("score")
     def score(self, texts: Sequence[Any], window: int | None, stride: int | None) -> list[Score]:
         """Log-probabilities of the tokens of each text, as ``llama-hpc score`` finds them."""
         documents, window, stride = on_first(self.comm, self._documents, texts, window, stride)
@@ -88,6 +92,7 @@ class Session(ModelJob):
         gathered = self.comm.gather(found)
         return self.comm.bcast(scores_of(documents, windows, gathered) if self.first else None)
 
+    @doing("close")
     def close(self) -> None:
         """Gives back what the model takes; nothing may be called afterwards."""
         if self._stage is not None:

@@ -16,6 +16,7 @@ from llama_hpc.model.faults import error_of
 from llama_hpc.model.rope import check_positions
 from llama_hpc.model.transformer import Batch
 from llama_hpc.runtime.abort import agreed, on_first
+from llama_hpc.runtime.activity import beat, doing
 
 _CHUNK = 128                    # tokens of a step: so many rows of logits are kept
 
@@ -27,6 +28,7 @@ class InferenceState:
     model; what the first rank gives counts. Any number may exist at a time. ``Transformer.state`` and ``LLM.state`` make them.
     """
 
+    @doing("making a state")
     def __init__(self, model: Transformer, max_seq_len: int | None = None):
         session = model.session
         config, grid = session.checkpoint.config, session.grid
@@ -41,6 +43,7 @@ class InferenceState:
         self._channel = StageChannel(grid.pipeline_comm, 1, rows, config.hidden_size)
         self._gather = LogitsGather(grid.tensor_comm, self._stage) if grid.last_stage else None
 
+    @doing("forward")
     def forward(self, token_ids: Sequence[int]) -> np.ndarray:
         """Appends tokens; returns the logits float32 [n, vocab_size] after each of them, on every rank. Collective.
 
@@ -51,6 +54,7 @@ class InferenceState:
         for first in range(0, len(ids), self._rows):
             part = ids[first : first + self._rows]
             self._step(part, logits[first : first + len(part)])
+            beat()
         return logits
 
     def rewind(self, length: int = 0) -> None:
@@ -59,6 +63,7 @@ class InferenceState:
             raise UsageError(f"the state has {self.length} tokens: it cannot be rewound to {length}")
         self.length = length
 
+    @doing("close")
     def close(self) -> None:
         """Gives the cache back; the state cannot be used afterwards. Collective."""
         if self._stage is not None:

@@ -33,6 +33,7 @@ from llama_hpc.runtime.abort import on_first
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.stopping import Stop
 from llama_hpc.runtime.topology import available_memory, hostname
+from llama_hpc.runtime.watchdog import forget
 
 _LOG = logging.getLogger(__name__)
 _UNEXPLAINED = 5                # failures one after the other behind which nobody is gone
@@ -190,6 +191,7 @@ class SurvivingJob(Job):
 
     def _introduce(self) -> None:
         lost = self.survivors.introduce()
+        forget(member.rank for member in lost)
         self.comm, was_first = self.survivors.comm, self.first
         self.first = self.comm.rank == 0
         self.show = self.first and self.settings.show

@@ -30,10 +30,15 @@ class Faults:
         self.code = self.code or code
 
 
+def place_of(layer: int, tensors: tuple[str, ...]) -> str:
+    """Where in a model tensors are, in words."""
+    names = ", ".join(tensors)
+    return names if tensors[0] in _NO_LAYER else f"layer {layer}, {names}"
+
+
 def error_of(code: int) -> NumericsError:
     """The error that a fault code stands for."""
-    tensor = TENSORS[(code >> 8) & 0xFF]
-    place = tensor if tensor in _NO_LAYER else f"layer {code >> 16}, {tensor}"
+    place = place_of(code >> 16, (TENSORS[(code >> 8) & 0xFF],))
     reason = ("NaN or infinity" if code & 0xFF == NOT_FINITE
               else "a value beyond the range of exact sums (block sums below 2**19, outputs below 2**20, KV within float16)")
     return NumericsError(f"{place}: {reason}; the weights may be damaged, or need another --weights format")

@@ -18,7 +18,7 @@ class OverlappedSteps:
 
     def __init__(self, stage, second, make_steps):
         self._first, self._second = stage.buffers, second
-        self._before, self._after, *self._halves = (make_steps() for _ in range(4))
+        self.steps = self._before, self._after, *self._halves = [make_steps() for _ in range(4)]
         if stage.stage.first:
             stage.add_embedding(self._before)
         for steps, buffers in zip(self._halves, (self._first, second), strict=True):

@@ -12,7 +12,7 @@ from llama_hpc.kernels.cpu import joining
 from llama_hpc.kernels.cpu.memory import address
 from llama_hpc.kernels.cpu.program import Program
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
-from llama_hpc.model.faults import Faults
+from llama_hpc.model.faults import Faults, place_of
 
 
 class Steps:
@@ -140,6 +140,17 @@ class Steps:
         """Lets what was started last get on."""
         exchange, reducer = self._started
         self._alone(reducer, exchange.test)
+
+    def find(self, place: int) -> str | None:
+        """The operation at such a place of ``Pool.reached`` in words; None where it is not of these steps. From any thread."""
+        where = "the start"
+        for program in self.programs:
+            number = program.find(place)
+            named = [name for name in program.names[: None if number is None else number + 1] if name[1]]
+            where = place_of(*named[-1]) if named else where
+            if number is not None:
+                return where if program.names[number][1] else f"{program.kinds[number]} behind {where}"
+        return None
 
     def _count_joins(self) -> None:
         for reducer, numbers, size, count in self._joined:

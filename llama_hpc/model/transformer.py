@@ -215,6 +215,12 @@ class TransformerStage:
         group = self.buffers.context
         return [self.reducer.nanoseconds] + ([] if group is None else [group.reducer.nanoseconds])
 
+    def reached(self) -> str:
+        """The operation that this rank came to last in a step, in words; empty before the first one. From any thread."""
+        place = self.steps.pool.reached()[0]
+        every = [self.steps, *filter(None, [self._spread]), *(self._overlapped.steps if self._overlapped else ())]
+        return next(filter(None, (steps.find(place) for steps in every)), "")
+
     def free(self) -> None:
         """Gives back what ranks share; the stage cannot be used afterwards. Collective over the tensor group."""
         self.reducer.free()

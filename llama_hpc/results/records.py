@@ -3,6 +3,7 @@
 A record is its length and the CRC-32 of its payload, little-endian uint32, and the payload: a length, JSON, then arrays.
 """
 
+import errno
 import json
 import struct
 import zlib
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llama_hpc.errors import ResultsError
+from llama_hpc.results.patience import PASSING, patiently
 from llama_hpc.results.schema import Output
 
 _HEAD, _LENGTH = struct.Struct("<II"), struct.Struct("<I")
@@ -61,7 +63,7 @@ def read_records(path: Path) -> Records:
     Raises ResultsError for a file that cannot be read, or with damage that has something behind it.
     """
     try:
-        data = path.read_bytes()
+        data = patiently(path.read_bytes, f"cannot read {path}", PASSING - {errno.ENOENT})
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror}") from None
     payloads, at = [], 0
@@ -74,6 +76,18 @@ def read_records(path: Path) -> Records:
         payloads.append(payload)
         at = end
     return Records(payloads, at, len(data) - at)
+
+
+def first_record(path: Path) -> dict[str, Any] | None:
+    """The JSON of a file's first record, without reading the rest; None where it is not whole. Raises ResultsError."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD.size)
+            data = head + file.read(_HEAD.unpack(head)[0]) if len(head) == _HEAD.size else head
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror}") from None
+    payload, _ = next(_payloads(data), (None, 0))
+    return payload and payload[0]
 
 
 def _payloads(data: bytes) -> Iterator[tuple[tuple[dict[str, Any], bytes] | None, int]]:

@@ -165,13 +165,13 @@ def _scores(path: Path, file: Any, attributes: Mapping[str, Any]) -> Scores:
 
 
 def write_scores(path: str | Path, documents: Sequence[Score], window: int, stride: int, provenance: Mapping[str, Any], *,
-                 overwrite: bool = False) -> tuple[str, float]:
+                 overwrite: bool = False, rescue: Path | None = None) -> tuple[str, float]:
     """Write one file of scores; returns its digest and its perplexity. Raises as ``storage.new_file`` does."""
     totals, total_digest = _totals(documents), _digest(documents)
     attributes = {"status": "complete", "digest": total_digest, "window": window, "stride": stride, "scored": totals.scored,
                   "log_likelihood": totals.log_likelihood, "perplexity": totals.perplexity}
     each = [document.totals for document in documents]
-    with new_file(path, FORMAT, VERSION, attributes, provenance, overwrite) as file:
+    with new_file(path, FORMAT, VERSION, attributes, provenance, overwrite, rescue) as file:
         group = file.create_group("documents")
         strings(group, "id", [document.id for document in documents])
         numbers(group, "scored", np.array([own.scored for own in each], "<i8"))

@@ -13,6 +13,7 @@ import numpy as np
 
 from llama_hpc.errors import ResultsError, UsageError
 from llama_hpc.results import provenance as provenance_group
+from llama_hpc.results.patience import patiently
 from llama_hpc.results.schema import storable
 
 # Rows of a chunk: large enough to compress, small enough to read one answer of a big file.
@@ -47,13 +48,14 @@ def check_output_path(path: str | Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | Path, format: str, version: int, attributes: Mapping[str, Any], provenance: Mapping[str, Any],
-             overwrite: bool) -> Iterator[Any]:
+             overwrite: bool, rescue: Path | None = None) -> Iterator[Any]:
     """An h5py file to fill, with these root attributes; the group ``provenance`` is added behind what the block adds.
 
     It appears under ``path`` complete or not at all, when the block ends: it is written beside it under a temporary name, synced
-    and renamed; on failure the temporary file is removed.
+    and renamed; on failure the temporary file is removed. What may pass is tried again for a while; a file that cannot be written
+    then goes to the folder ``rescue``, if there is one.
 
-    Raises ResultsError for a file that cannot be written. Where ``path`` has come into being without ``overwrite``, the
+    Raises ResultsError for a file that cannot be written to ``path``. Where that has come into being without ``overwrite``, the
     finished file stays under its temporary name, so that no work is lost, and the UsageError says so.
     """
     import h5py
@@ -64,12 +66,24 @@ def new_file(path: str | Path, format: str, version: int, attributes: Mapping[st
         file.attrs.update({"format": format, "version": version, **attributes})
         yield file
         provenance_group.store(file.create_group("provenance"), provenance)
-    _write(path, buffer.getbuffer(), overwrite)
+    _write(path, buffer.getbuffer(), overwrite, rescue)
 
 
-def _write(path: str | Path, image: memoryview, overwrite: bool) -> None:
+def _write(path: str | Path, image: memoryview, overwrite: bool, rescue: Path | None) -> None:
     target = _target(path)
     temporary = _temporary(target)
+    try:
+        taken = patiently(lambda: _replace(target, temporary, image, overwrite), f"cannot write the results to {path}")
+    except OSError as error:
+        saved = "" if rescue is None else f"; {_save(rescue / target.name, image)}"
+        raise ResultsError(f"cannot write the results to {path}: {error.strerror}{saved}") from None
+    if taken:
+        raise UsageError(f"{path} exists, so the results of this run are in {temporary} (complete): rename that file")
+    _sync_folder(target.parent)
+
+
+def _replace(target: Path, temporary: Path, image: memoryview, overwrite: bool) -> bool:
+    """Writes a file and renames it, unless there is another one under that name; returns whether there is. Raises OSError."""
     try:
         with open(temporary, "wb") as file:
             file.write(image)
@@ -78,15 +92,31 @@ def _write(path: str | Path, image: memoryview, overwrite: bool) -> None:
         taken = os.path.exists(target) and not overwrite
         if not taken:
             os.replace(temporary, target)
-    except BaseException as error:
+        return taken
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise ResultsError(f"cannot write the results to {path}: {error.strerror}") from None
         raise
-    if taken:
-        raise UsageError(f"{path} exists, so the results of this run are in {temporary} (complete): rename that file")
-    _sync_folder(target.parent)
+
+
+def _save(path: Path, image: memoryview) -> str:
+    """Writes a file in the second place, over no other one; returns what came of it, in words."""
+    place = path if not path.exists() else _temporary(path)
+    try:
+        with open(place, "xb") as file:
+            file.write(image)
+            file.flush()
+            os.fsync(file.fileno())
+        return f"they are in {place}"
+    except OSError as error:
+        return f"{place.parent} failed too: {error.strerror}"
+
+
+def check_rescue(rescue: str | Path | None) -> Path | None:
+    """The second place as a path. Raises UsageError where it is no folder."""
+    if rescue is not None and not os.path.isdir(rescue):
+        raise UsageError(f"--rescue {rescue} is not a folder: create it or give another")
+    return None if rescue is None else Path(rescue)
 
 
 def _target(path: str | Path) -> Path:

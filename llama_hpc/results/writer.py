@@ -24,6 +24,7 @@ def write_results(
     *,
     status: str = "complete",
     overwrite: bool = False,
+    rescue: Path | None = None,
 ) -> str:
     """Write one result file (schema.py) and return its digest. Not collective: one rank calls it with everything.
 
@@ -34,7 +35,7 @@ def write_results(
     ordered = sorted(outputs, key=lambda output: (output.request, output.sample))
     _check(requests, prompt_texts, ordered, status)
     total = digest([request.id for request in requests], ordered)
-    with new_file(path, FORMAT, VERSION, {"status": status, "digest": total}, provenance, overwrite) as file:
+    with new_file(path, FORMAT, VERSION, {"status": status, "digest": total}, provenance, overwrite, rescue) as file:
         _write_requests(file.create_group("requests"), requests, prompt_texts)
         _write_outputs(file.create_group("outputs"), ordered)
         _write_timing(file.create_group("timing", track_order=True), ordered)

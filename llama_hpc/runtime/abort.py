@@ -1,6 +1,7 @@
 """One clear line for every error, from one rank, and an exit for all: nobody is left waiting for a rank that failed."""
 
 import atexit
+import faulthandler
 import os
 import socket
 import sys
@@ -13,9 +14,11 @@ from tempfile import gettempdir
 from typing import NoReturn
 
 from llama_hpc.errors import LlamaHpcError, RankLost, UsageError
+from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.launch import environment_rank, is_first, let_first_speak, started_mpi
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_LAST = 3                       # seconds that MPI gets to end the job
 
 
 def guarded(function) -> int:
@@ -89,21 +92,22 @@ def agreed(comm, what: str):
     from mpi4py import MPI
 
     failure = None
-    try:
-        yield
-    except (MPI.Exception, RankLost):
-        # Others have failed too, or will: there is nobody to agree with.
-        raise
-    except Exception as error:
-        failure = _explained(error, what)
+    with doing(what):
+        try:
+            yield
+        except (MPI.Exception, RankLost):
+            # Others have failed too, or will: there is nobody to agree with.
+            raise
+        except Exception as error:
+            failure = _explained(error, what)
 
-    first = array("i", [comm.size if failure is None else comm.rank])
-    comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
-    if first[0] == comm.size:
-        return
-    if comm.rank == first[0] and not hasattr(failure, "where"):
-        failure.where = _here()
-    shared = comm.bcast(failure, root=first[0])
+        first = array("i", [comm.size if failure is None else comm.rank])
+        comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
+        if first[0] == comm.size:
+            return
+        if comm.rank == first[0] and not hasattr(failure, "where"):
+            failure.where = _here()
+        shared = comm.bcast(failure, root=first[0])
     shared.collective = comm.size == MPI.COMM_WORLD.size
     shared.reported_elsewhere = not shared.collective and comm.rank != 0
     shared.__cause__ = failure
@@ -171,6 +175,17 @@ def _leave(error: LlamaHpcError | None, code: int) -> int:
     sys.stderr.flush()
     MPI.COMM_WORLD.Abort(code)
     return code
+
+
+def end_at_once(error: LlamaHpcError) -> None:
+    """Prints ``error`` and ends the job, from any thread, whatever the main thread and other ranks are doing."""
+    _print(error, _here())
+    # If MPI does not come back from ending the job, perhaps with the interpreter's lock.
+    faulthandler.dump_traceback_later(_LAST, exit=True, file=open(os.devnull, "w"))     # noqa: SIM115
+    MPI = started_mpi()
+    if MPI is not None and MPI.COMM_WORLD.size > 1:
+        MPI.COMM_WORLD.Abort(error.exit_code)
+    os._exit(error.exit_code)
 
 
 def _print(error: LlamaHpcError, where: str = "") -> None:

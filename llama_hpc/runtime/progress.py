@@ -4,6 +4,8 @@ import logging
 import sys
 import time
 
+from llama_hpc.runtime import activity
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -32,6 +34,8 @@ class Progress:
     def update(self, n: int = 1) -> None:
         """``n`` more units are done."""
         self.done += n
+        if n:
+            activity.beat()
         if self._bar is not None:
             self._bar.update(n)
         elif self._lines:

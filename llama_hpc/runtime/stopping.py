@@ -39,6 +39,10 @@ class Stop:
             self._reason = self._why
         return self._reason
 
+    def ask(self, reason: str) -> None:
+        """A reason to stop, from any thread."""
+        self._reason = self._reason or reason
+
     def __enter__(self) -> "Stop":
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self

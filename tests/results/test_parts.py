@@ -1,21 +1,17 @@
 """Progress beside an output: what is kept, what a kill may tear, who may write, and what is refused."""
 
-import errno
 import fcntl
 import json
 import multiprocessing
 import os
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llama_hpc.errors import ResultsError, UsageError
-from llama_hpc.results import part_writer
-from llama_hpc.results.part_writer import PartWriter
-from llama_hpc.results.parts import ProgressFolder, check_same_job, try_lock
+from llama_hpc.results.parts import ProgressFolder, check_same_job
 from llama_hpc.results.records import framed, output_of, output_record, read_records
 from llama_hpc.results.schema import Output
 
@@ -77,7 +73,7 @@ def test_answers_of_all_runs_and_replicas_are_found_once(tmp_path):
     again = an_output(1)
     folder = folder_with(tmp_path, ((0, 0), [an_output(0), again]), ((0, 1), [an_output(2)]), ((10, 0), [again, an_output(3, 1)]),
                          ((2, 0), []))
-    found = folder.read()
+    found = folder.read({})
     assert sorted((o.request, o.sample, o.attempt) for o in found.outputs) == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 1, 10)]
     assert [(run["run"], run["answers"], run["host"]) for run in found.runs] == [(0, 3, "n1"), (2, 0, "n1"), (10, 1, "n1")]
     assert folder.next_run == 11
@@ -95,22 +91,67 @@ def test_a_part_without_answers_is_empty_unless_somebody_writes_it(tmp_path, hel
 def test_two_different_answers_are_an_error(tmp_path):
     folder = folder_with(tmp_path, ((0, 0), [an_output(1)]), ((1, 0), [an_output(1, tokens=(3, 1, 5))]))
     with pytest.raises(ResultsError, match=r"two different answers to request 1 \(sample 0\), of runs 0 and 1"):
-        folder.read()
+        folder.read({})
 
 
 def test_half_written_answers_are_cut_off_and_counted(tmp_path):
     folder = folder_with(tmp_path, ((0, 0), [an_output(1), an_output(2)]))
     part = folder.part(0, 0)
     part.write_bytes(part.read_bytes()[:-5])
-    found = folder.read()
+    found = folder.read({})
     assert [output.request for output in found.outputs] == [1]
     assert found.torn == len(output_record(an_output(2))) - 5
 
 
 def test_a_rescue_folder_completes_what_is_there(tmp_path):
     folder = folder_with(tmp_path, ((0, 0), [an_output(1)]))
-    (tmp_path / "part-0-0.log").write_bytes(framed({}) + output_record(an_output(2)))
-    assert sorted(output.request for output in folder.read(tmp_path).outputs) == [1, 2]
+    rescue = tmp_path / "rescue"
+    (rescue / folder.path.name).mkdir(parents=True)
+    (rescue / folder.path.name / "part-0-0-3fa2b1.log").write_bytes(framed({"weights": "q8"}) + output_record(an_output(2)))
+    assert sorted(output.request for output in folder.read({}, rescue).outputs) == [1, 2]
+    folder.remove()
+    assert list(rescue.iterdir()) == []
+
+
+def test_a_rescue_folder_may_have_parts_of_other_jobs(tmp_path, caplog):
+    folder = ProgressFolder(tmp_path / "out.h5")
+    (tmp_path / "rescue" / folder.path.name).mkdir(parents=True)
+    other = tmp_path / "rescue" / folder.path.name / "part-0-0-3fa2b1.log"
+    other.write_bytes(framed({"identity": {"weights": "q4"}}) + output_record(an_output(2)))
+    assert folder.read({"weights": "q8"}, tmp_path / "rescue").outputs == []
+    assert f"{other} is of another job: left alone" in caplog.text
+    assert len(folder.read({"weights": "q4"}, tmp_path / "rescue").outputs) == 1
+
+
+def test_a_part_of_another_job_is_an_error(tmp_path):
+    folder = ProgressFolder(tmp_path / "out.h5")
+    folder.path.mkdir()
+    folder.part(0, 0).write_bytes(framed({"identity": {"weights": "q4"}}) + output_record(an_output(2)))
+    with pytest.raises(ResultsError, match=r"part-0-0.log is of another job \(weights was q4, now q8\): move it away"):
+        folder.read({"weights": "q8"})
+
+
+def test_what_was_read_before_is_there_though_its_files_are_not(tmp_path):
+    folder = folder_with(tmp_path, ((0, 0), [an_output(1), an_output(2)]))
+    known = folder.read({})
+    folder.part(0, 0).unlink()
+    folder.part(1, 0).write_bytes(framed({"host": "n2"}) + output_record(an_output(3)))
+    found = folder.read({}, known=known)
+    assert [(output.request, output.attempt) for output in found.outputs] == [(1, 0), (2, 0), (3, 1)]
+    assert [(run["run"], run["answers"], run["host"]) for run in found.runs] == [(0, 2, "n1"), (1, 1, "n2")]
+
+
+def test_a_job_that_has_finished_nothing_leaves_nothing(tmp_path):
+    folder = folder_with(tmp_path)
+    folder.identify({}, 3)
+    assert folder.next_run == 4
+    # Whichever rank it is that fails: not only the one with the lock.
+    ProgressFolder(folder.output).discard()
+    assert not folder.path.exists()
+    folder = folder_with(tmp_path, ((0, 1), [an_output(1)]))
+    folder.identify({}, 0)
+    folder.discard()
+    assert sorted(path.name for path in folder.path.iterdir()) == ["job.json", "lock", "part-0-1.log"]
 
 
 def _hold(path, kind, seconds, ready):
@@ -181,7 +222,7 @@ def test_ranks_that_still_write_are_waited_for(tmp_path, held):
 
 def test_another_job_is_told_what_differs(tmp_path):
     folder = folder_with(tmp_path)
-    folder.identify({"weights": "q8", "prompts": "2 with hash a"})
+    folder.identify({"weights": "q8", "prompts": "2 with hash a"}, 0)
     assert ProgressFolder(tmp_path / "out.h5").identity() == {"weights": "q8", "prompts": "2 with hash a"}
     with pytest.raises(UsageError, match="weights was q8, now q4; prompts was 2 with hash a, now 3 with hash b"):
         check_same_job(folder.output, folder.identity(), {"weights": "q4", "prompts": "3 with hash b", "model content": "c"})
@@ -189,78 +230,12 @@ def test_another_job_is_told_what_differs(tmp_path):
 
 def test_progress_of_a_newer_version_is_refused(tmp_path):
     folder = folder_with(tmp_path)
-    folder.identify({})
+    folder.identify({}, 0)
     path = folder.path / "job.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(ResultsError, match="is of version 2, this program knows version 1: use a newer one"):
         folder.identity()
-
-
-class Failing:
-    """Stands for a file system: ``os.write`` and ``os.fsync`` fail while ``broken``."""
-
-    def __init__(self, monkeypatch, after=0):
-        self.broken, self.after, self.write, self.fsync = False, after, os.write, os.fsync
-        monkeypatch.setattr(part_writer.os, "write", self._write)
-        monkeypatch.setattr(part_writer.os, "fsync", self._fsync)
-        monkeypatch.setattr(part_writer, "_FIRST_PAUSE", 0.01)
-
-    def _write(self, file, data):
-        if self.broken:
-            # Half of it arrives.
-            self.write(file, bytes(data[: len(data) // 2]))
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.write(file, data)
-
-    def _fsync(self, file):
-        if self.broken:
-            raise OSError(errno.EIO, "Input/output error")
-        self.fsync(file)
-
-
-def _written(path: Path, count: int):
-    end = time.monotonic() + 10
-    while len(read_records(path).payloads) < count and time.monotonic() < end:
-        time.sleep(0.01)
-    return [payload[0]["request"] for payload in read_records(path).payloads[1:]]
-
-
-def test_what_is_handed_over_is_in_the_file_at_once(tmp_path):
-    writer = PartWriter(tmp_path / "part", framed({}), interval=100)
-    writer.append(output_record(an_output(4)))
-    assert _written(writer.path, 2) == [4]
-    writer.close()
-
-
-def test_a_file_system_that_recovers_loses_nothing(tmp_path, monkeypatch):
-    disk = Failing(monkeypatch)
-    writer = PartWriter(tmp_path / "part", framed({}), interval=0.05, lock=try_lock)
-    for number in range(40):
-        disk.broken = 10 <= number < 25
-        writer.append(output_record(an_output(number)))
-        time.sleep(0.005)
-    disk.broken = False
-    writer.close()
-    assert writer.retries > 0
-    assert _written(writer.path, 41) == list(range(40)) and read_records(writer.path).torn == 0
-
-
-def test_a_file_system_that_stays_away_ends_the_run_with_all_answers_rescued(tmp_path, monkeypatch):
-    disk, rescue = Failing(monkeypatch), tmp_path / "rescue"
-    rescue.mkdir()
-    writer = PartWriter(tmp_path / "part", framed({}), interval=0.05, patience=0.3, rescue=rescue)
-    writer.append(output_record(an_output(1)))
-    time.sleep(0.3)
-    disk.broken = True
-    writer.append(output_record(an_output(2)))
-    with pytest.raises(ResultsError, match=r"No space left on device, tried \d+ times; 1 finished answers are in .*rescue/part: "
-                                           r"make room .* --resume --rescue"):
-        writer.close()
-    assert _written(rescue / "part", 2) == [2]
-
-
-def test_a_part_is_never_written_over(tmp_path):
-    (tmp_path / "part").write_bytes(b"x")
-    with pytest.raises(ResultsError, match="File exists"):
-        PartWriter(tmp_path / "part", framed({}), 1)
-    assert (tmp_path / "part").read_bytes() == b"x"
+    path.unlink()
+    folder.part(0, 0).write_bytes(framed({"version": 2}))
+    with pytest.raises(ResultsError, match=r"part-0-0.log is of version 2, this program knows version 1: use a newer one"):
+        folder.identity()

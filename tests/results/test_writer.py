@@ -12,7 +12,7 @@ import pytest
 from llama_hpc.engine.requests import Request
 from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.errors import LlamaHpcError, ResultsError, UsageError
-from llama_hpc.results import Output, check_output_path, read_results, write_results
+from llama_hpc.results import Output, check_output_path, patience, read_results, write_results
 
 
 def request(row, name, **source):
@@ -136,6 +136,7 @@ def test_unknown_status(tmp_path):
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_failure_on_the_way_leaves_the_old_file_alone(tmp_path, monkeypatch, step, error):
+    monkeypatch.setattr(patience, "PATIENCE", 0.2)
     path = tmp_path / "out.h5"
     path.write_text("old")
 
@@ -146,6 +147,55 @@ def test_failure_on_the_way_leaves_the_old_file_alone(tmp_path, monkeypatch, ste
     with pytest.raises(ResultsError if isinstance(error, OSError) else KeyboardInterrupt):
         write_results(path, REQUESTS, TEXTS, OUTPUTS, {}, overwrite=True)
     assert os.listdir(tmp_path) == ["out.h5"] and path.read_text() == "old"
+
+
+def test_a_disk_that_fails_for_a_while_gets_the_file_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(patience, "_FIRST_PAUSE", 0.01)
+    fsync, tries = os.fsync, []
+
+    def fail(descriptor):
+        tries.append(descriptor)
+        if len(tries) < 4:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    write_results(tmp_path / "out.h5", REQUESTS, TEXTS, OUTPUTS, {})
+    assert len(tries) >= 4 and os.listdir(tmp_path) == ["out.h5"]
+    with read_results(tmp_path / "out.h5") as results:
+        results.verify()
+
+
+def test_what_does_not_pass_is_not_tried_again(tmp_path, monkeypatch):
+    tries = []
+
+    def fail(*_):
+        tries.append(1)
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ResultsError, match="Permission denied"):
+        write_results(tmp_path / "out.h5", REQUESTS, TEXTS, OUTPUTS, {})
+    assert tries == [1]
+
+
+def test_results_that_their_disk_does_not_take_go_to_the_second_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(patience, "PATIENCE", 0.2)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "rescue").mkdir()
+    (tmp_path / "rescue/out.h5").write_text("of another job")
+    replace = os.replace
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ResultsError, match=r"No space left on device; they are in .*rescue/out.h5.tmp-") as caught:
+        write_results(tmp_path / "results/out.h5", REQUESTS, TEXTS, OUTPUTS, {}, rescue=tmp_path / "rescue")
+    monkeypatch.setattr(os, "replace", replace)
+    assert (tmp_path / "rescue/out.h5").read_text() == "of another job" and os.listdir(tmp_path / "results") == []
+    with read_results(str(caught.value).rpartition(" in ")[2]) as results:
+        assert results.verify() and results.num_outputs == len(OUTPUTS)
 
 
 def test_full_disk(tmp_path):
