@@ -3,6 +3,7 @@
 import argparse
 
 from llama_hpc.cli.options import add_context, add_kv_cache, add_layout, add_sizes, grid_shape
+from llama_hpc.runtime.tables import size, table
 
 USUAL_LENGTH = 2048             # tokens of a sequence for which cache is shown, unless --max-seq-len says another number
 
@@ -72,13 +73,13 @@ def _show_model(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | 
     # A run orders its ranks by node, nodes by their first rank.
     names = [host for host, _ in hosts]
     known = sorted(hosts, key=lambda host: names.index(host[0])) if len(hosts) == shape.size > 1 else [("-", "-")] * shape.size
-    _print_table(
+    print("\n".join(table(
         ("rank", "replica", "stage", "tensor", "host", "cores", "layers", "query heads", "KV heads", "FFN", "vocabulary",
          "weights", "KV cache"),
         [(str(n), str(r.data), str(r.stage_index), str(r.tensor_index), host, str(cores), _span(r.stage.layers),
           _span(r.share.query_heads), _span(r.share.kv_heads), _span(r.share.ffn),
-          _span(r.share.vocabulary) if r.stage.first or r.stage.last else "-", _size(r.weights), _size(r.cache))
-         for n, (r, (host, cores)) in enumerate(zip(ranks, known, strict=True))])
+          _span(r.share.vocabulary) if r.stage.first or r.stage.last else "-", size(r.weights), size(r.cache))
+         for n, (r, (host, cores)) in enumerate(zip(ranks, known, strict=True))])))
 
 
 def _model_facts(checkpoint, weights: str) -> list[tuple[str, str]]:
@@ -93,7 +94,7 @@ def _model_facts(checkpoint, weights: str) -> list[tuple[str, str]]:
         ("model", str(checkpoint.path)),
         ("family", config.family),
         ("parameters", f"{parameters(config) / 1e6:,.1f} M"),
-        ("stored as", f"{', '.join(stored)}, {_size(file_bytes)}"),
+        ("stored as", f"{', '.join(stored)}, {size(file_bytes)}"),
         ("layers", str(config.num_layers)),
         ("hidden_size", str(config.hidden_size)),
         ("intermediate_size", str(config.intermediate_size)),
@@ -137,7 +138,7 @@ def _node_facts(ranks: int) -> list[tuple[str, str]]:
         ("sockets", str(len(domains("sockets", cpus)))),
         ("NUMA nodes", f"{len(numa_nodes())}, cpus {' | '.join(map(cpu_text, numa_nodes()))}"),
         ("cores", f"{physical_cores(cpus)} ({len(cpus)} cpus), {node_cores()} for this job"),
-        ("caches", f"L1d {_size(caches.l1d)}, L2 {_size(caches.l2)}, L3 {_size(caches.l3)} for {caches.l3_cores} cores"),
+        ("caches", f"L1d {size(caches.l1d)}, L2 {size(caches.l2)}, L3 {size(caches.l3)} for {caches.l3_cores} cores"),
         ("kernels", kernels()),
         ("threads of a rank", f"{threads}, {bound}"),
     ]
@@ -145,16 +146,3 @@ def _node_facts(ranks: int) -> list[tuple[str, str]]:
 
 def _span(held: range) -> str:
     return f"{held.start}-{held.stop - 1}" if len(held) else "none"
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count / 1024:.1f} KiB"
-
-
-def _print_table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    for row in (titles, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -31,6 +31,11 @@ def seconds(text: str) -> float:
     return value
 
 
+def interval(text: str) -> float:
+    """An argparse type: seconds, or 0 for never."""
+    return 0.0 if text.strip("0.") == "" and "0" in text else seconds(text)
+
+
 def memory_size(text: str) -> int:
     """An argparse type: bytes, with a unit of 1024 such as 512M or 1.5GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
@@ -93,6 +98,17 @@ def add_durability(parser: argparse.ArgumentParser) -> None:
                        help="where finished answers go when the output's file system fails; give it with --resume again")
     group.add_argument("--spares", type=whole(0), default=0, metavar="N",
                        help="under mpirun --with-ft ulfm: ranks that wait to take the places of lost ones (default: %(default)s)")
+
+
+def add_log(parser: argparse.ArgumentParser) -> None:
+    """What a job tells, and where."""
+    group = parser.add_argument_group("log")
+    group.add_argument("--log-dir", metavar="FOLDER",
+                       help="also write FOLDER/rank-NNNN.log of each rank, with what no terminal shows and with tracebacks")
+    group.add_argument("--log-json", action="store_true",
+                       help="JSON lines: in the files of --log-dir, or without it on the terminal")
+    group.add_argument("--heartbeat", type=interval, default=60.0, metavar="S",
+                       help="seconds between lines about tokens per second, memory and devices; 0: none (default: %(default)g)")
 
 
 def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True):

@@ -7,6 +7,7 @@ from llama_hpc.cli.options import (
     add_durability,
     add_kv_cache,
     add_layout,
+    add_log,
     add_output,
     add_reduce,
     add_sizes,
@@ -32,6 +33,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add_durability(parser)
     parser.add_argument("--trace", metavar="FILE", help="write a timeline for chrome://tracing or ui.perfetto.dev (JSON)")
     add_threads(parser)
+    add_log(parser)
     parser.add_argument("--hash-weights", action="store_true", help="also store a SHA-256 of the packed bytes of every tensor")
     sampling = parser.add_argument_group("sampling, unless a prompt says otherwise")
     sampling.add_argument("--max-tokens", default=128, metavar="N", help="tokens of an answer at most (default: 128)")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_hpc.cli.options import add_context, add_kv_cache, add_layout, add_output, add_reduce, add_threads, whole
+from llama_hpc.cli.options import add_context, add_kv_cache, add_layout, add_log, add_output, add_reduce, add_threads, whole
 from llama_hpc.cli.start import start
 
 
@@ -21,6 +21,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                         help="JSONL (objects with text or token_ids, and perhaps id), text (one document) or HDF5")
     add_output(parser)
     add_threads(parser)
+    add_log(parser)
     parser.add_argument("--window", type=whole(2), metavar="N",
                         help="tokens of a window (default: the model's context, at most 2048)")
     parser.add_argument("--stride", type=whole(1), metavar="N",

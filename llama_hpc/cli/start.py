@@ -1,6 +1,12 @@
 """How the commands that run a model under MPI begin."""
 
 import argparse
+import logging
+import os
+
+from llama_hpc.runtime.topology import hostname
+
+_LOG = logging.getLogger(__name__)
 
 
 def checked_world():
@@ -21,11 +27,14 @@ def start(args: argparse.Namespace, read=lambda args: None, comm=None) -> tuple:
     comm = comm or world
     from llama_hpc.cli.options import grid_shape
     from llama_hpc.runtime import log
+    from llama_hpc.runtime.abort import agreed
     from llama_hpc.runtime.start import prepare
-    log.setup(comm.rank)
+    with agreed(comm, "opening the logs"):
+        log.setup(comm.rank, args.log_dir, args.log_json)
+    _LOG.debug("llama-hpc %s: rank %d of %d on %s, process %d", args.command, comm.rank, comm.size, hostname(), os.getpid())
     ranks = world.size - getattr(args, "spares", 0)
     node, threads, (more, shape) = prepare(comm, args.threads, lambda: (read(args), grid_shape(args, ranks)))
     from llama_hpc.engine.model_job import ModelSettings
     settings = ModelSettings(args.model, args.weights, threads, shape, args.reduce, args.sequence_parallel, args.overlap,
-                             args.kv_cache, context_parallel=args.context_parallel)
+                             args.kv_cache, context_parallel=args.context_parallel, heartbeat=args.heartbeat)
     return settings, comm, node, more

@@ -60,6 +60,7 @@ class Durable:
         self.identity: dict[str, Any] = {}
         self.run: int | None = None             # which one this is of the job's runs
         self.writer: PartWriter | None = None
+        self._retries = 0                       # of writers that are closed
         self.complete = False
 
     def examine(self, identity: dict[str, Any]) -> Done:
@@ -173,6 +174,7 @@ class Durable:
         with agreed(job.comm, "keeping the answers"):
             if self.writer:
                 self.writer.settle()
+            job.incidents["write_retries"] = self._retries + (self.writer.retries if self.writer else 0)
         with agreed(job.comm, "reading the progress"):
             if not job.first:
                 return Found()
@@ -184,6 +186,7 @@ class Durable:
         writer, self.writer = self.writer, None
         if writer:
             writer.close()
+            self._retries += writer.retries
 
     def end(self) -> None:
         """First rank: the output is complete."""

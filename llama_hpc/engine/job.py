@@ -8,6 +8,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from llama_hpc.engine import incidents
 from llama_hpc.engine.answering import Batching, Crew, plan_batches, sizes_for
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.durable import Done, Durable, identity_of
@@ -108,6 +109,7 @@ class Job(ModelJob):
         """From what every rank has done to the output. ``place``: of a rank of a replica; ``reports`` of all it took part in."""
         places, hashes, gathered, reasons = (self.comm.gather(part) for part in (place, self.hashes, reports, self.stop.reason))
         found = self.durable.collect(self)
+        counts = self.comm.reduce(self.incidents)
         if self.first:
             places = [place for place in places if place]
             self.complete_facts(places, shape, self.durable.identity["model content"], seconds, vars(self.args),
@@ -119,6 +121,9 @@ class Job(ModelJob):
             self.facts["stopped"] = next(filter(None, reasons), "") if len(found.outputs) < samples else ""
             self.facts |= {"identity": self.durable.identity, "runs": found.runs, "torn_bytes": found.torn}
             gathered = [report for part in gathered for report in part]
+            counts.update(incidents.of_reports(gathered), torn_bytes=found.torn,
+                          resumed_answers=sum(output.attempt != self.durable.run for output in found.outputs))
+            self.facts["incidents"] = incidents.totals(counts)
         on_first(self.comm, self._write, found.outputs, gathered, seconds)
         self.durable.close()
         self.comm.Barrier()
@@ -138,7 +143,7 @@ class Job(ModelJob):
         if outputs and self.requests[0].arrival_s is not None:
             latency = report(outputs, self.targets)
             lines, tables = lines + latency.lines(), tables | latency.arrays()
-        for line in lines:
+        for line in lines + incidents.lines(self.facts["incidents"]):
             _LOG.info("%s", line)
         for line in warnings:
             _LOG.warning("%s", line)

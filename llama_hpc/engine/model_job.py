@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from llama_hpc.engine.layout import auto_grid, cache_pages
 from llama_hpc.engine.queue import COUNTERS, ENDED, FINISHED, TOKENS
 from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
+from llama_hpc.kernels.cpu.places import cpu_text
 from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.waiting import Alarm
 from llama_hpc.kernels.cpu.workers import Pool
@@ -28,6 +30,8 @@ from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cache
 from llama_hpc.runtime.abort import agreed
+from llama_hpc.runtime.binding import binding_warnings, launch_table, launcher_warnings, own_place
+from llama_hpc.runtime.heartbeat import Heartbeat
 from llama_hpc.runtime.launch import fault_tolerant
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
@@ -48,7 +52,7 @@ class ModelSettings:
     ``sequence_parallel`` from how many tokens of a step on they also deal out rows, ``overlap`` from how many they compute one
     half while sums of the other travel between nodes (0: never), ``kv_cache`` the cache's format (see ``model.kv_cache``);
     ``show``: whether the first rank tells how far long steps have come; ``context_parallel``: so many tensor ranks deal out the
-    positions of the cache."""
+    positions of the cache; ``heartbeat``: seconds between lines that tell that the job is alive (0: none)."""
 
     model: str
     weights: str | None
@@ -60,6 +64,7 @@ class ModelSettings:
     kv_cache: str = "auto"
     show: bool = True
     context_parallel: int = 1
+    heartbeat: float = 0.0
 
 
 class ModelJob:
@@ -74,8 +79,11 @@ class ModelJob:
         self.first = comm.rank == 0
         self.show = self.first and settings.show
         self.facts: dict[str, Any] = collect() if self.first else {}
+        self.incidents: Counter[str] = Counter()        # of this rank, see ``engine.incidents``
         with agreed(comm, "choosing the places of the threads"):
             self.places = thread_places(self.threads)
+            self.binding = own_place(self.threads, self.places)
+        self.heartbeat = Heartbeat(settings.heartbeat)
 
     def examine(self) -> Checkpoint:
         """The checkpoint, checked as far as it can be without reading weights; its name goes to ``facts``. Not collective."""
@@ -122,16 +130,23 @@ class ModelJob:
         return own * self.share.context, in_q8 * self.share.context
 
     def announce(self, plan: str) -> None:
-        """Tells what the job is about to do, and how; ``plan`` ends the line about the grid."""
-        hosts = len(set(self.comm.allgather(hostname())))
+        """Tells what the job is about to do, where and how; ``plan`` ends the line about the grid."""
+        _LOG.debug("grid %s: replica %d, stage %d, tensor rank %d", self.grid.shape, self.grid.data_index, self.grid.stage,
+                   self.grid.tensor_index)
+        places = self.comm.gather(self.binding)
         if not self.first:
             return
+        hosts = len({place.host for place in places})
         config, weights = self.checkpoint.config, self.weights
         _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.settings.model, config.family,
                   parameters(config) / 1e6, weights, packed_bits(config, weights)[1])
         _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each (%s kernels), %s",
                   self.grid.shape, self.comm.size, hosts, "s" * (hosts > 1), self.threads, "s" * (self.threads > 1), kernels(),
                   plan)
+        for line in launch_table(places):
+            _LOG.info("%s", line)
+        for line in (*binding_warnings(places), *launcher_warnings(self.binding, MPI.Get_library_version())):
+            _LOG.warning("%s", line)
 
     def compile(self) -> None:
         """Starts the threads, and compiles the kernels, or loads them from the node's cache."""
@@ -182,11 +197,11 @@ class ModelJob:
 
         Returns its result, the seconds that the job took, and what the counter TOKENS came to (first rank; elsewhere 0).
         """
-        counters = SharedCounters(self.comm, COUNTERS)
+        counters = SharedCounters(self.comm, COUNTERS + self.grid.shape.data)
         self.comm.Barrier()
         start = time.monotonic()
         with Progress(total, unit, label, show=self.show) as progress:
-            watch = Watch(counters, progress) if self.first else None
+            watch = Watch(counters, progress, self.heartbeat) if self.first else None
             result = run(counters, start, watch)
             if self.grid.is_leader:
                 counters.add(ENDED, 1)
@@ -209,7 +224,8 @@ class ModelJob:
 
     def place(self, stage: TransformerStage) -> dict[str, Any]:
         """Where this rank is, what it holds, and what it has joined. Not collective."""
-        return {"host": hostname(), "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
+        return {"host": hostname(), "cpus": cpu_text(self.binding.cpus), "device": self.binding.device,
+                "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
                 "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(), **stage.work()}
 
     def complete_facts(self, ranks: list[dict[str, Any]], shape: GridShape, content_hash: str, seconds: float,
@@ -231,8 +247,8 @@ class ModelJob:
 class Watch:
     """Moves the progress bar of the first rank by the shared counters, and drives MPI for the others' one-sided calls."""
 
-    def __init__(self, counters: SharedCounters, progress: Progress):
-        self.counters, self.progress, self._last = counters, progress, 0.0
+    def __init__(self, counters: SharedCounters, progress: Progress, heartbeat: Heartbeat):
+        self.counters, self.progress, self.heartbeat, self._last = counters, progress, heartbeat, 0.0
 
     def __call__(self) -> None:
         self.counters.let_others()
@@ -242,6 +258,8 @@ class Watch:
     def _look(self) -> None:
         self._last = time.monotonic()
         self.progress.update(self.counters.read(FINISHED) - self.progress.done)
+        if self.heartbeat.due():
+            self.heartbeat.beat(self.counters.read(TOKENS), self.progress)
 
     def until(self, replicas: int) -> None:
         """Waits until all replicas have ended; looks often, as the time until the last answer is measured."""

@@ -112,7 +112,8 @@ class SurvivingJob(Job):
         seconds = time.monotonic() - self._origin
         if self._progress:
             self._progress.close()
-        self.facts["incidents"] = {"ranks_lost": len(self.survivors.lost), "went_on_without": self.survivors.shrunk}
+        if self.first:
+            self.incidents |= {"ranks_lost": len(self.survivors.lost), "went_on_without": self.survivors.shrunk}
         place, reports = (None, []) if self.crew is None else (self.crew.place(), self.crew.reports)
         self.finish(place, self._reports + reports, self._shape, seconds)
 
@@ -140,7 +141,7 @@ class SurvivingJob(Job):
         if not self.first:
             return None
         self._progress = self._progress or Progress(len(self._ready), "prompts", "answering", show=self.show)
-        return Watch(self._counters, self._progress)
+        return Watch(self._counters, self._progress, self.heartbeat)
 
     def _pause(self, replica: Replica) -> None:
         """The replica has paused behind a step, as ranks are gone that are not its own."""
@@ -194,7 +195,7 @@ class SurvivingJob(Job):
         self.first = self.comm.rank == 0
         self.show = self.first and self.settings.show
         if self.first and not was_first:
-            log.setup(0)
+            log.become_first()
         if self.first and lost:
             _LOG.warning("lost %s; %d ranks go on", ", ".join(map(str, lost)), self.comm.size)
 
