@@ -71,7 +71,8 @@ class Crew:
     """One rank's part in a replica that can answer requests: the model loaded, the plan, and what it has done so far.
 
     ``job``: on the ranks that set it up together; ``tokenizer``: that of the model on leaders, or None without one. ``number`` is
-    that of the replica among all that the job has ever had (None: its index in the grid); ``taken`` are the requests that its leader has ever admitted.
+    that of the replica among all that the job has ever had (None: its index in the grid); ``taken`` are the requests that its
+    leader has ever admitted.
     """
 
     def __init__(self, job: ModelJob, stage: TransformerStage, plan: BatchPlan, tokenizer, number: int | None = None):

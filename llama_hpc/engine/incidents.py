@@ -9,8 +9,8 @@ from llama_hpc.engine.summary import RankReport
 
 # What may be counted, by what became of it, and the words of the summary.
 RETRIED = {"write_retries": "failed writes of answers", "went_on_without": "times what the loss of ranks had interrupted"}
-LOST = {"ranks_lost": "ranks", "torn_bytes": "bytes of half written answers", "setbacks": "starts of sequences that were set back",
-        "pressure": "shrinkings of the cache for want of memory"}
+LOST = {"ranks_lost": "ranks", "torn_bytes": "bytes of half written answers",
+        "setbacks": "starts of sequences that were set back", "pressure": "shrinkings of the cache for want of memory"}
 RESUMED = {"resumed_answers": "answers of earlier runs"}
 
 

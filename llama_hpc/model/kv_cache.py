@@ -4,6 +4,8 @@ With context parallelism the ranks of a group are its parts: of a sequence, the 
 after the other, in turn. Pages are numbered over all parts; page p lies in part p % parts, and is the page p // parts of it.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from llama_hpc.kernels.cpu.kv_store import padded_head_dim
@@ -88,7 +90,7 @@ class KVCache:
         pools = {"keys": self.keys, "values": self.values, "key_scales": self.key_scales, "value_scales": self.value_scales}
         return {name: layers[layer - self.first_layer] for name, layers in pools.items() if layers}
 
-    def give_back(self, pages: list[int]) -> None:
+    def give_back(self, pages: Iterable[int]) -> None:
         """Returns the memory of pages of this part, whose content nobody needs, to the system."""
         runs: list[list[int]] = []
         for page in sorted(pages):

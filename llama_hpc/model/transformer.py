@@ -216,7 +216,8 @@ class TransformerStage:
         return [self.reducer.nanoseconds] + ([] if group is None else [group.reducer.nanoseconds])
 
     def free(self) -> None:
-        """Gives back what ranks share; the stage cannot be used afterwards. Collective over the tensor group."""
+        """Gives back what ranks share, and the cache; the stage cannot be used afterwards. Collective over the tensor group."""
+        self.cache.give_back(range(self.cache.own_count))
         self.reducer.free()
         if self.buffers.context is not None:
             self.buffers.context.reducer.free()
