@@ -59,7 +59,7 @@ def test_batches_shrink_and_no_bit_changes(mpirun, files, undisturbed, tmp_path,
         metrics, incidents = results.file["metrics/ranks"], results.provenance["incidents"]
         events, setbacks = metrics["pressure"][:], metrics["setbacks"][:]
         concerned = np.array([place["data"] for place in results.provenance["rank_table"]]) == (rank >= 2 and grid == "2x1x2")
-        assert (events[concerned] == 3).all() and (setbacks[concerned] > 0).all(), "all ranks of the replica, alike"
+        assert (events[concerned] >= 3).all() and (setbacks[concerned] > 0).all(), "all ranks of the replica, alike"
         assert not events[~concerned].any()
         assert incidents["pressure"] == events[concerned][0] and incidents["setbacks"] == setbacks[concerned][0]
         assert f"{incidents['pressure']} shrinkings of the cache for want of memory" in said
