@@ -32,9 +32,18 @@ def start(args: argparse.Namespace, read=lambda args: None, comm=None) -> tuple:
     with agreed(comm, "opening the logs"):
         log.setup(comm.rank, args.log_dir, args.log_json)
     _LOG.debug("llama-hpc %s: rank %d of %d on %s, process %d", args.command, comm.rank, comm.size, hostname(), os.getpid())
-    ranks = world.size - getattr(args, "spares", 0)
-    node, threads, (more, shape) = prepare(comm, args.threads, lambda: (read(args), grid_shape(args, ranks)))
+    node, threads, (more, shape) = prepare(comm, args.threads, lambda: (read(args), grid_shape(args, _ranks(args, world.size))))
     from llama_hpc.engine.model_job import ModelSettings
     settings = ModelSettings(args.model, args.weights, threads, shape, args.reduce, args.sequence_parallel, args.overlap,
                              args.kv_cache, context_parallel=args.context_parallel, heartbeat=args.heartbeat)
     return settings, comm, node, more
+
+
+def _ranks(args: argparse.Namespace, size: int) -> int | None:
+    """How many ranks a grid of a world of this size has; None: any, in a dry run alone. Raises UsageError."""
+    if not getattr(args, "dry_run", False):
+        return size - getattr(args, "spares", 0)
+    if size > 1 and args.ranks not in (None, size):
+        from llama_hpc.errors import UsageError
+        raise UsageError(f"--ranks {args.ranks}: {size} ranks were started; leave it out, or start one process")
+    return args.ranks if size == 1 else size - args.spares

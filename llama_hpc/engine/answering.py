@@ -46,7 +46,7 @@ def plan_batches(job: ModelJob, ready: list[ReadyRequest], batching: Batching, t
 
     Raises UsageError, on every rank, where the cache cannot hold a request.
     """
-    config, shape, parts = job.checkpoint.config, job.grid.shape, job.settings.context_parallel
+    config, shape, parts = job.checkpoint.config, job.shape, job.settings.context_parallel
     most = max(r.params.n for r in ready)       # of which one replica answers all
     at_once = min(batching.max_seqs, max(most, -(-sum(r.params.n for r in ready) // shape.data)))
     pages, in_q8 = job.pages(batching.kv_memory)

@@ -48,14 +48,15 @@ class Durable:
     """The progress of a run into ``output``. Methods are called in the order in which they stand here.
 
     ``resume``: goes on behind what earlier runs have finished. ``interval``: seconds of work that a node's death may cost.
-    ``rescue``: a folder for what the output's file system does not take.
+    ``rescue``: a folder for what the output's file system does not take. ``dry``: ``examine`` finds the same and the same
+    errors, but locks and changes nothing; nothing else may be called then.
     """
 
-    def __init__(self, output: str, resume: bool, overwrite: bool, interval: float, rescue: str | None):
+    def __init__(self, output: str, resume: bool, overwrite: bool, interval: float, rescue: str | None, dry: bool = False):
         if resume and overwrite:
             raise UsageError("--resume goes on with a job, --overwrite begins it anew: give one of them")
         self.output, self.resume, self.overwrite = output, resume, overwrite
-        self.interval, self.rescue = interval, Path(rescue) if rescue else None
+        self.interval, self.rescue, self.dry = interval, Path(rescue) if rescue else None, dry
         self.folder, self.found = ProgressFolder(output), Found()
         self.identity: dict[str, Any] = {}
         self.run: int | None = None             # which one this is of the job's runs
@@ -72,15 +73,20 @@ class Durable:
         exists = os.path.isfile(self.output)
         if self.rescue and not self.rescue.is_dir():
             raise UsageError(f"--rescue {self.rescue} is not a folder: create it or give another")
-        self._lock(_PATIENCE if self.resume else 0)
+        if self.dry:
+            self.folder.check_free()
+        else:
+            self._lock(_PATIENCE if self.resume else 0)
         if not self.resume:
             if self.folder.parts and not self.overwrite:
                 raise UsageError(f"an earlier run into {self.output} was not finished: --resume goes on with it, --overwrite "
                                  "begins anew")
-            self.folder.wait_for_writers()
-            self.folder.clear()
+            if not self.dry:
+                self.folder.wait_for_writers()
+                self.folder.clear()
         elif exists and self._is_complete():
             self.complete = True
+            # Where the lock is held.
             self.folder.remove()
         else:
             self._take_over()
@@ -126,7 +132,8 @@ class Durable:
             raise ResultsError(f"{self.folder.path} has answers, but no job.json that says of which job: --overwrite in place of "
                                "--resume begins anew")
         check_same_job(self.folder.output, before or {}, self.identity)
-        self.folder.wait_for_writers()
+        if not self.dry:
+            self.folder.wait_for_writers()
         self.found = self.folder.read(self.rescue)
         if self.found.runs:
             torn = f", {self.found.torn} bytes of half written ones cut off" if self.found.torn else ""

@@ -15,6 +15,7 @@ from llama_hpc.engine.durable import Done, Durable, identity_of
 from llama_hpc.engine.latency import Target, report
 from llama_hpc.engine.model_job import ModelJob, ModelSettings
 from llama_hpc.engine.prepare import longest, prepare
+from llama_hpc.engine.replica import BatchPlan
 from llama_hpc.engine.requests import read_requests
 from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.engine.summary import RankReport, arrays, summary, trace
@@ -40,7 +41,7 @@ class Job(ModelJob):
         self.args, self.params, self.targets, self.stop, self.requests, self.texts = args, params, targets, stop, [], []
         self.identity: dict[str, Any] = {}
         self.hashes: dict[str, str] | None = {} if args.hash_weights else None
-        self.durable = Durable(args.output, args.resume, args.overwrite, args.sync_interval, args.rescue)
+        self.durable = Durable(args.output, args.resume, args.overwrite, args.sync_interval, args.rescue, args.dry_run)
 
     def run(self) -> int:
         """Raises what goes wrong, on every rank where all share it; returns 0."""
@@ -90,14 +91,18 @@ class Job(ModelJob):
         """This rank's part in a replica that can answer the requests; ``number`` is that of the grid's first replica."""
         self.open()
         grid = self.choose_grid(*self.grid_sizes(ready))
-        batching = Batching(**{field.name: getattr(self.args, field.name) for field in fields(Batching)})
-        plan = plan_batches(self, ready, batching, tuple(self.targets))
+        plan = self.plan(ready)
         self.announce(f"{plan.max_seqs} sequences and {plan.pages * PAGE} tokens in the cache of a replica")
         self.compile()
         stage = self.make_stage(self.load(self.hashes if grid.data_index == 0 else None), **sizes_for(plan, ready))
         tokenizer = load_tokenizer(self.checkpoint.path) if grid.is_leader else None
         self.durable.begin(self, number)
         return Crew(self, stage, plan, tokenizer, number + grid.data_index)
+
+    def plan(self, ready: list[ReadyRequest]) -> BatchPlan:
+        """How the replicas of the grid batch."""
+        batching = Batching(**{field.name: getattr(self.args, field.name) for field in fields(Batching)})
+        return plan_batches(self, ready, batching, tuple(self.targets))
 
     def grid_sizes(self, ready: list[ReadyRequest]) -> tuple[int, int, int, int]:
         """What a grid is chosen for: answers, sequences at a time, positions of the longest one and of a usual one."""

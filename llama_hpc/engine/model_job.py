@@ -16,7 +16,7 @@ from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.comm.survivors import failed
-from llama_hpc.engine.layout import auto_grid, cache_pages
+from llama_hpc.engine.layout import auto_grid, replica_pages
 from llama_hpc.engine.queue import COUNTERS, ENDED, FINISHED, TOKENS
 from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
@@ -102,17 +102,8 @@ class ModelJob:
             self.kv_cache = cache_format(self.settings.kv_cache, self.weights)
 
     def choose_grid(self, *sizes: int, reserved: int = 0) -> Grid:
-        """The grid that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
-
-        ``reserved``: bytes of a rank's memory that neither weights nor cache may take.
-        """
-        config = self.checkpoint.config
-        self.memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN) - reserved
-        per_node = self.comm.allreduce(self.node.size, MPI.MIN)
-        with agreed(self.comm, "choosing the grid"):
-            shape = self.settings.shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes,
-                                                     kv_cache=self.kv_cache, context=self.settings.context_parallel)
-            check_grid(config, shape, self.settings.context_parallel)
+        """The grid of the shape that ``choose_shape`` finds."""
+        config, shape = self.checkpoint.config, self.choose_shape(*sizes, reserved=reserved)
         self.grid = Grid.create(self.comm, shape)
         self.part = stage_shares(config, shape.pipeline)[self.grid.stage]
         context = self.settings.context_parallel
@@ -122,12 +113,32 @@ class ModelJob:
         self.alarm = Alarm(lambda: failed(replica)) if fault_tolerant() else None
         return self.grid
 
+    def choose_shape(self, *sizes: int, reserved: int = 0) -> GridShape:
+        """The shape that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
+
+        ``reserved``: bytes of a rank's memory that neither weights nor cache may take.
+        """
+        config, context = self.checkpoint.config, self.settings.context_parallel
+        ranks, per_node, memory = self.resources()
+        self.memory = memory - reserved
+        with agreed(self.comm, "choosing the grid"):
+            self.shape = self.settings.shape or auto_grid(config, self.weights, ranks, per_node, self.memory, *sizes,
+                                                          kv_cache=self.kv_cache, context=context)
+            check_grid(config, self.shape, context)
+        return self.shape
+
+    def resources(self) -> tuple[int, int, int]:
+        """How many ranks there are, how many on each node at least, and the bytes that each may use at least."""
+        memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN)
+        return self.comm.size, self.comm.allreduce(self.node.size, MPI.MIN), memory
+
     def pages(self, kv_memory: int | None = None) -> tuple[int, int]:
         """Pages of a KV cache all of whose parts are such as the rank of least room can hold, and how many with --kv-cache q8;
-        with ``kv_memory`` bytes of each rank, if given."""
-        whose = self.checkpoint.config, self.weights, self.part, self.share, self.memory, kv_memory
-        own, in_q8 = (self.comm.allreduce(cache_pages(*whose, kind), MPI.MIN) for kind in (self.kv_cache, "q8"))
-        return own * self.share.context, in_q8 * self.share.context
+        with ``kv_memory`` bytes of each rank, if given. Not collective."""
+        whose = self.checkpoint.config, self.weights, self.shape, self.memory, kv_memory
+        context = self.settings.context_parallel
+        own, in_q8 = (replica_pages(*whose, kind, context) for kind in (self.kv_cache, "q8"))
+        return own * context, in_q8 * context
 
     def announce(self, plan: str) -> None:
         """Tells what the job is about to do, where and how; ``plan`` ends the line about the grid."""
