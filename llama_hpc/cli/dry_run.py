@@ -3,6 +3,8 @@
 import os
 from dataclasses import replace
 
+from mpi4py import MPI
+
 from llama_hpc.cli.model_tables import fact_lines, model_facts, rank_lines
 from llama_hpc.comm.pipeline import AHEAD
 from llama_hpc.engine.answers import ReadyRequest
@@ -14,7 +16,7 @@ from llama_hpc.engine.replica import BatchPlan
 from llama_hpc.kernels.numerics import PAGE
 from llama_hpc.model.sizes import buffer_bytes
 from llama_hpc.runtime.abort import on_first
-from llama_hpc.runtime.binding import binding_warnings, launch_table, launcher_warnings
+from llama_hpc.runtime.binding import launch_table, launch_warnings
 from llama_hpc.runtime.tables import size
 from llama_hpc.runtime.topology import available_memory
 
@@ -80,8 +82,7 @@ class DryRun(Job):
             print(f"{shape.size} ranks are assumed; under mpirun or srun a dry run also checks where they are")
             return
         print("\n".join(launch_table(places)))
-        from mpi4py import MPI
-        for line in (*binding_warnings(places), *launcher_warnings(self.binding, MPI.Get_library_version())):
+        for line in launch_warnings(places, MPI.Get_library_version()):
             print(f"warning: {line}")
 
     def _ranks(self, plan: BatchPlan, max_seq_len: int) -> list[str]:

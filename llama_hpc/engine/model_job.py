@@ -30,7 +30,7 @@ from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cache
 from llama_hpc.runtime.abort import agreed
-from llama_hpc.runtime.binding import binding_warnings, launch_table, launcher_warnings, own_place
+from llama_hpc.runtime.binding import launch_table, launch_warnings, own_place
 from llama_hpc.runtime.heartbeat import Heartbeat
 from llama_hpc.runtime.launch import fault_tolerant
 from llama_hpc.runtime.progress import Progress
@@ -156,7 +156,7 @@ class ModelJob:
                   plan)
         for line in launch_table(places):
             _LOG.info("%s", line)
-        for line in (*binding_warnings(places), *launcher_warnings(self.binding, MPI.Get_library_version())):
+        for line in launch_warnings(places, MPI.Get_library_version()):
             _LOG.warning("%s", line)
 
     def compile(self) -> None:

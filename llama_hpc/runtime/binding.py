@@ -105,8 +105,13 @@ def _cut(text: str) -> str:
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 2].rpartition(',')[0]},…"
 
 
-def binding_warnings(places: Sequence[Place]) -> list[str]:
-    """What is wrong with the places of the ranks, one line for each kind of fault."""
+def launch_warnings(places: Sequence[Place], library: str, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What is wrong with how the ranks at these ``places`` were started, one line for each kind of fault; the first one asks.
+    ``library``: MPI's name and version."""
+    return [*_binding(places), *_launcher(places[0], library, environ)]
+
+
+def _binding(places: Sequence[Place]) -> list[str]:
     found: dict[str, list[str]] = {}
     for host, ranks in _by_host(places).items():
         for cure, text in _faults(host, ranks, places):
@@ -129,7 +134,7 @@ def _faults(host: str, ranks: list[int], places: Sequence[Place]) -> Iterable[tu
         threads, where = sum(places[r].threads for r in group), f"{_ranks(group)} on {host}"
         if threads > len(union):
             yield ("let the launcher give each rank as many cores as it has threads (llama-hpc info shows how)",
-                   f"{threads} threads of {where} share {len(union)} cores")
+                   f"{threads} threads of {where} share {len(union)} core{'s' * (len(union) > 1)}")
         elif any(not places[r].bound and places[r].whole and (len(group) > 1 or len(places[r].numa) > 1) for r in group):
             domains = len(frozenset().union(*(places[r].numa for r in group)))
             between = f" and {domains} NUMA nodes" if domains > 1 else ""
@@ -156,11 +161,8 @@ def _ranks(group: list[int]) -> str:
     return f"rank{'s' * (len(group) > 1)} {rank_text(group)}"
 
 
-def launcher_warnings(place: Place, library: str, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What the environment of a rank tells of mistakes in starting it; ``library``: MPI's name and version.
-
-    Sources: the output environment variables of srun(1) and sbatch(1).
-    """
+def _launcher(place: Place, library: str, environ: Mapping[str, str]) -> list[str]:
+    """Sources: the output environment variables of srun(1) and sbatch(1)."""
     # mpirun, too, starts its daemons through srun.
     by_srun = "SLURM_PROCID" in environ and not {"OMPI_COMM_WORLD_RANK", "MPI_LOCALNRANKS"} & environ.keys()
     if not by_srun:
