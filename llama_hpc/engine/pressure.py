@@ -32,7 +32,8 @@ class Pressure:
         self.counters, self.pool, self.stage, self.pages, self.events = counters, pool, stage, pool.count, 0
         self._least = pool.parts * pages_in_a_part(longest, pool.parts)
         self._own = COUNTERS + replica
-        self._seen, self._changed, self._short = 0, float("-inf"), float("-inf")
+        # A job that outlives ranks counts in a file, which an earlier run may have left.
+        self._seen, self._changed, self._short = counters.read(self._own), float("-inf"), float("-inf")
         self._followed = pool.count
 
     def look(self) -> None:

@@ -23,7 +23,7 @@ from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.job import Job
 from llama_hpc.engine.layout import auto_grid
 from llama_hpc.engine.model_job import Watch
-from llama_hpc.engine.queue import FINISHED, NEXT, STOP, TOKENS, RequestQueue
+from llama_hpc.engine.queue import FINISHED, NEXT, PRESSURE, STOP, TOKENS, RequestQueue
 from llama_hpc.engine.replica import Replica
 from llama_hpc.engine.shifts import Shift, State, hosts_memory, left, new_groups, whole_replicas
 from llama_hpc.errors import UsageError
@@ -229,7 +229,7 @@ class SurvivingJob(Job):
         path = self.durable.folder.path / "counters"
         if self.first:
             counters = FileCounters(path, self.comm)
-            for counter in (NEXT, STOP, TOKENS) if begins else (NEXT,):
+            for counter in (NEXT, STOP, TOKENS, PRESSURE) if begins else (NEXT,):
                 counters.set(counter, 0)
             counters.set(FINISHED, len(self._ready) - unfinished)
         self.comm.Barrier()

@@ -71,15 +71,15 @@ def test_any_number_of_ranks_on_a_login_node(capsys, folder, model, monkeypatch)
     assert [path.name for path in folder.iterdir()] == ["prompts.jsonl"], "nothing is left behind"
 
 
-def test_it_tells_what_the_run_then_does(mpirun, folder, model):
+def test_it_tells_what_the_run_then_does(command, folder, model):
     """On three ranks: the same grid, cache and weights, and where the ranks are."""
     options = ["--grid", "1x1x3", "--max-seqs", 4, "--token-budget", 64]
-    job = mpirun(3, ["-m", "llama_hpc", *arguments(model, *options, "--dry-run")], cwd=folder)
+    job = command(3, arguments(model, *options, "--dry-run"), cwd=folder)
     assert job.returncode == 0, job.stderr
     facts, grid, rows, rest = parsed(job.stdout)
     table = next(number for number, line in enumerate(rest) if line.startswith("ranks  host"))
     assert rest[table + 1].split()[0] == "0-2"
-    run = mpirun(3, ["-m", "llama_hpc", *arguments(model, *options)], cwd=folder)
+    run = command(3, arguments(model, *options), cwd=folder)
     assert run.returncode == 0, run.stderr
     assert f"{grid.split(',')[0]}: 3 ranks on 1 host" in run.stderr and rest[table + 1] in run.stderr
     warnings = [line.removeprefix("warning: ") for line in rest if line.startswith("warning: ")]
@@ -97,7 +97,7 @@ def _bytes(row):
     return float(number) * {"KiB": 1 << 10, "MiB": 1 << 20}[unit] - 5000
 
 
-def test_what_a_resumed_job_would_find(mpirun, capsys, folder, model):
+def test_what_a_resumed_job_would_find(mpirun, command, capsys, folder, model):
     """And nothing of it is touched."""
     assert mpirun(1, ["-m", "llama_hpc", *arguments(model, "--time-limit", "0.001")], cwd=folder).returncode == 0
     (folder / "out.h5").unlink()
@@ -111,7 +111,7 @@ def test_what_a_resumed_job_would_find(mpirun, capsys, folder, model):
     progress.release()
     assert {path: data for path, data in before.items() if path.name != "lock"} == \
         {path: path.read_bytes() for path in progress.path.iterdir() if path.name != "lock"}
-    assert mpirun(3, ["-m", "llama_hpc", *arguments(model, "--resume")], cwd=folder).returncode == 0
+    assert command(3, arguments(model, "--resume"), cwd=folder).returncode == 0
     assert main(arguments(model, "--dry-run", "--resume")) == 0
     shown = capsys.readouterr()
     assert "complete: nothing is left to do" in shown.out and "out.h5 is complete already: 6 answers" in shown.err
@@ -152,8 +152,8 @@ def test_errors_are_those_of_the_run(capsys, folder, model, case):
     (3, ["--dry-run", "--grid", "1x1x2"], "grid 1x1x2 needs 1 x 1 x 2 = 2 ranks, but the job has 3"),
     (1, ["--dry-run", "--ranks", 2, "--memory", "300M"], "the model and its cache need 0.0 GiB on a rank even on grid"),
 ])
-def test_what_cannot_be_tried(mpirun, folder, model, ranks, options, text):
-    job = mpirun(ranks, ["-m", "llama_hpc", *arguments(model, *options)], cwd=folder)
+def test_what_cannot_be_tried(command, folder, model, ranks, options, text):
+    job = command(ranks, arguments(model, *options), cwd=folder)
     lines = [line for line in job.stderr.splitlines() if line.startswith("llama-hpc: ")]
     assert job.returncode == 2 and len(lines) == 1 and text in lines[0], job.stderr
     assert job.stdout == ""

@@ -67,8 +67,18 @@ def test_an_error_is_in_the_file_of_its_rank_with_the_traceback(mpirun, model, p
     assert "Traceback" not in job.stdout + job.stderr + (logs / "rank-0000.log").read_text()
 
 
-def test_one_line_for_a_folder_that_cannot_be_made(mpirun, model, prompts, tmp_path):
+def test_what_was_tried_again_is_told(mpirun, model, prompts, tmp_path):
+    """A write that fails once on the last of three leaders."""
+    output = tmp_path / "out.h5"
+    job = mpirun(3, [TOOLS / "failing_rank.py", "a write", 2, *arguments(model, prompts, output, "--grid", "3x1x1")])
+    assert job.returncode == 0, job.stderr
+    assert "retried: 1 failed writes of answers" in job.stderr and "rank 2: warning: cannot write" in job.stderr
+    with read_results(output) as results:
+        assert results.provenance["incidents"]["write_retries"] == 1 and results.num_outputs == 8
+
+
+def test_one_line_for_a_folder_that_cannot_be_made(command, model, prompts, tmp_path):
     (tmp_path / "file").write_text("")
-    job = mpirun(3, ["-m", "llama_hpc", *arguments(model, prompts, tmp_path / "out.h5", "--log-dir", tmp_path / "file")])
+    job = command(3, arguments(model, prompts, tmp_path / "out.h5", "--log-dir", tmp_path / "file"))
     lines = [line for line in job.stderr.splitlines() if "llama-hpc:" in line]
     assert job.returncode == 2 and len(lines) == 1 and "--log-dir" in lines[0] and "cannot write" in lines[0], job.stderr
