@@ -39,7 +39,12 @@ def num_cpus(root: Path = ROOT) -> int:
 
 def physical_cores(cpus: set[int], root: Path = ROOT) -> int:
     """Number of cores that the logical ``cpus`` belong to."""
-    return len({_siblings(cpu, root) for cpu in cpus})
+    return len(cores_of(cpus, root))
+
+
+def cores_of(cpus: set[int], root: Path = ROOT) -> set[int]:
+    """The cores that the logical ``cpus`` belong to, each by the lowest number of its hardware threads."""
+    return {min(_siblings(cpu, root)) for cpu in cpus}
 
 
 def all_cpus(root: Path = ROOT) -> set[int]:

@@ -46,6 +46,7 @@ def _show(args: argparse.Namespace, shape, hosts: list[tuple[str, int]]) -> None
 
 
 def _show_model(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | None) -> None:
+    from llama_hpc.cli.model_tables import fact_lines, model_facts, rank_lines
     from llama_hpc.engine.layout import auto_grid, rank_shares
     from llama_hpc.engine.prepare import check_max_seq_len
     from llama_hpc.grid import GridShape
@@ -60,8 +61,7 @@ def _show_model(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | 
         shape = GridShape(1, 1, args.context_parallel)
     if shape is not None:
         check_grid(config, shape, args.context_parallel)
-    for name, value in _model_facts(checkpoint, weights):
-        print(f"{name:<20}{value}", flush=True)
+    print("\n".join(fact_lines(model_facts(checkpoint, weights))), flush=True)
     if shape is None:
         # Hosts may differ in ranks; this one stands for all.
         here = sum(host == hosts[0] for host in hosts)
@@ -72,62 +72,27 @@ def _show_model(args: argparse.Namespace, shape, hosts: list[tuple[str, int]] | 
     # A run orders its ranks by node, nodes by their first rank.
     names = [host for host, _ in hosts]
     known = sorted(hosts, key=lambda host: names.index(host[0])) if len(hosts) == shape.size > 1 else [("-", "-")] * shape.size
-    _print_table(
-        ("rank", "replica", "stage", "tensor", "host", "cores", "layers", "query heads", "KV heads", "FFN", "vocabulary",
-         "weights", "KV cache"),
-        [(str(n), str(r.data), str(r.stage_index), str(r.tensor_index), host, str(cores), _span(r.stage.layers),
-          _span(r.share.query_heads), _span(r.share.kv_heads), _span(r.share.ffn),
-          _span(r.share.vocabulary) if r.stage.first or r.stage.last else "-", _size(r.weights), _size(r.cache))
-         for n, (r, (host, cores)) in enumerate(zip(ranks, known, strict=True))])
-
-
-def _model_facts(checkpoint, weights: str) -> list[tuple[str, str]]:
-    from llama_hpc.model.sizes import packed_bits, parameters
-    from llama_hpc.weights.store import Store
-    config = checkpoint.config
-    stored = sorted({checkpoint.dtype(name) for name in checkpoint.names()})
-    file_bytes = sum(checkpoint.stored_bytes(name) for name in checkpoint.names())
-    layers, everything = packed_bits(config, weights)
-    rope = config.rope.kind + (" with factors" if config.rope.factors else "")
-    facts = [
-        ("model", str(checkpoint.path)),
-        ("family", config.family),
-        ("parameters", f"{parameters(config) / 1e6:,.1f} M"),
-        ("stored as", f"{', '.join(stored)}, {_size(file_bytes)}"),
-        ("layers", str(config.num_layers)),
-        ("hidden_size", str(config.hidden_size)),
-        ("intermediate_size", str(config.intermediate_size)),
-        ("heads", f"{config.num_heads} query, {config.kv_heads} KV, head_dim {config.head_dim}"),
-        ("vocabulary", f"{config.vocab_size}{', embeddings tied' if config.tie_embeddings else ''}"),
-        ("context", f"{config.context_length} tokens, RoPE {rope}, theta {config.rope.theta:g}"),
-        ("weights format", f"{weights}: {layers:.2f} bits a weight all in (layers), {everything:.2f} (all matrices)"),
-    ]
-    windows = sorted(set(config.windows) - {0})
-    if windows:
-        facts.insert(-1, ("sliding window", ", ".join(map(str, windows)) + " positions"))
-    if isinstance(checkpoint, Store):
-        facts.insert(1, ("quantised from", f"{checkpoint.source}, content {checkpoint.source_content_hash}"))
-    return facts
+    print("\n".join(rank_lines(ranks, {"host": [host for host, _ in known], "cores": [str(cores) for _, cores in known]}, {})))
 
 
 def _show_node(hosts: list[tuple[str, int]]) -> None:
     """What the first rank's node has, what a rank takes of it, and how to start ranks there."""
+    from llama_hpc.cli.model_tables import fact_lines
     from llama_hpc.runtime.advice import launch_advice
     from llama_hpc.runtime.topology import node_cores, node_cpus
     facts = _node_facts(sum(host == hosts[0][0] for host, _ in hosts))
     print(f"this node, {hosts[0][0]}:\n")
-    for name, value in facts:
-        print(f"{name:<20}{value}")
+    print("\n".join(fact_lines(facts)))
     for advice in launch_advice(node_cpus(), node_cores()):
         print(f"\n{advice.purpose}: {advice.ranks} on each node, {advice.threads} threads each\n")
-        for launcher, line in advice.commands.items():
-            print(f"{launcher:<20}{line}")
+        print("\n".join(fact_lines(list(advice.commands.items()))))
 
 
 def _node_facts(ranks: int) -> list[tuple[str, str]]:
     """The facts of this node, on which ``ranks`` of this job run."""
     from llama_hpc.kernels.cpu.places import all_cpus, cache_sizes, cpu_text, domains, numa_nodes, physical_cores
     from llama_hpc.kernels.cpu.target import kernels
+    from llama_hpc.runtime.tables import size
     from llama_hpc.runtime.topology import default_threads, node_cores, thread_places
     cpus, caches = all_cpus(), cache_sizes()
     threads = default_threads(ranks)
@@ -137,24 +102,8 @@ def _node_facts(ranks: int) -> list[tuple[str, str]]:
         ("sockets", str(len(domains("sockets", cpus)))),
         ("NUMA nodes", f"{len(numa_nodes())}, cpus {' | '.join(map(cpu_text, numa_nodes()))}"),
         ("cores", f"{physical_cores(cpus)} ({len(cpus)} cpus), {node_cores()} for this job"),
-        ("caches", f"L1d {_size(caches.l1d)}, L2 {_size(caches.l2)}, L3 {_size(caches.l3)} for {caches.l3_cores} cores"),
+        ("caches", f"L1d {size(caches.l1d)}, L2 {size(caches.l2)}, L3 {size(caches.l3)} for {caches.l3_cores} cores"),
         ("kernels", kernels()),
         ("threads of a rank", f"{threads}, {bound}"),
     ]
 
-
-def _span(held: range) -> str:
-    return f"{held.start}-{held.stop - 1}" if len(held) else "none"
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count / 1024:.1f} KiB"
-
-
-def _print_table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    for row in (titles, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -112,6 +112,17 @@ def add_durability(parser: argparse.ArgumentParser) -> None:
                        help="under mpirun --with-ft ulfm: ranks that wait to take the places of lost ones (default: %(default)s)")
 
 
+def add_log(parser: argparse.ArgumentParser) -> None:
+    """What a job tells, and where."""
+    group = parser.add_argument_group("log")
+    group.add_argument("--log-dir", metavar="FOLDER",
+                       help="also write FOLDER/rank-NNNN.log of each rank, with what no terminal shows and with tracebacks")
+    group.add_argument("--log-json", action="store_true",
+                       help="JSON lines: in the files of --log-dir, or without it on the terminal")
+    group.add_argument("--heartbeat", type=seconds_or_never, default=60.0, metavar="S",
+                       help="seconds between lines about tokens per second, memory and devices; 0: none (default: %(default)g)")
+
+
 def add_layout(parser: argparse.ArgumentParser, needs_model: bool = True):
     """The model, its weights format, and the grid; returns the group of the latter two."""
     add_model(parser, needs_model)

@@ -7,6 +7,7 @@ from llama_hpc.cli.options import (
     add_durability,
     add_kv_cache,
     add_layout,
+    add_log,
     add_output,
     add_reduce,
     add_sizes,
@@ -34,6 +35,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--trace", metavar="FILE", help="write a timeline for chrome://tracing or ui.perfetto.dev (JSON)")
     add_threads(parser)
     add_watch(parser)
+    add_log(parser)
     parser.add_argument("--hash-weights", action="store_true", help="also store a SHA-256 of the packed bytes of every tensor")
     sampling = parser.add_argument_group("sampling, unless a prompt says otherwise")
     sampling.add_argument("--max-tokens", default=128, metavar="N", help="tokens of an answer at most (default: 128)")
@@ -70,6 +72,13 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                           help="compute equal beginnings of prompts for each prompt anew")
     batching.add_argument("--adapt", action="store_true",
                           help="let token budget and prefill micro-batch follow the waiting of stages and the targets of --slo")
+    dry = parser.add_argument_group("dry run, without reading weights; also on a login node")
+    dry.add_argument("--dry-run", action="store_true",
+                     help="check prompts, output and grid, print what each rank would hold and how it would batch, and stop")
+    dry.add_argument("--ranks", type=whole(1), metavar="N",
+                     help="as if N ranks were started (default: those that are, or as many as --grid needs)")
+    dry.add_argument("--memory", type=memory_size, metavar="SIZE",
+                     help="what each rank may use (default: its share of this node's)")
     parser.add_argument("--slo", metavar="TARGETS",
                         help="targets for prompts with arrival_s, such as ttft.p99=1.5,tpot.p50=0.05,rps=8; metrics are queue, "
                              "prefill, ttft, tpot, e2e")
@@ -81,10 +90,13 @@ def main(args: argparse.Namespace) -> int:
     from llama_hpc.runtime.stopping import Stop
     # From here on, as a job may be preempted while MPI starts.
     with Stop(args.time_limit) as stop:
-        if fault_tolerant():
+        if fault_tolerant() and not args.dry_run:
             return _outliving(args, stop)
         settings, comm, node, (params, targets) = start(args, _read)
-        from llama_hpc.engine.job import Job
+        if args.dry_run:
+            from llama_hpc.cli.dry_run import DryRun as Job
+        else:
+            from llama_hpc.engine.job import Job
         return Job(args, settings, comm, node, params, targets, stop).run()
 
 
@@ -104,6 +116,8 @@ def _read(args: argparse.Namespace) -> tuple:
     """(sampling settings of all prompts, targets for latencies)."""
     from llama_hpc.engine.latency import parse_targets
     from llama_hpc.errors import UsageError
+    if not args.dry_run and (args.ranks or args.memory):
+        raise UsageError("--ranks and --memory say what a --dry-run is about; a job has the ranks that mpirun or srun starts")
     if args.spares and not fault_tolerant():
         raise UsageError("--spares keeps ranks for those that are lost, which needs a job that may lose some: start it with "
                          "mpirun --with-ft ulfm (Open MPI 5)")

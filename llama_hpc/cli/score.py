@@ -6,6 +6,7 @@ from llama_hpc.cli.options import (
     add_context,
     add_kv_cache,
     add_layout,
+    add_log,
     add_output,
     add_reduce,
     add_rescue,
@@ -33,6 +34,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add_rescue(parser, "where the scores go when the output's file system fails")
     add_threads(parser)
     add_watch(parser)
+    add_log(parser)
     parser.add_argument("--window", type=whole(2), metavar="N",
                         help="tokens of a window (default: the model's context, at most 2048)")
     parser.add_argument("--stride", type=whole(1), metavar="N",

@@ -3,7 +3,7 @@
 import numpy as np
 from mpi4py import MPI
 
-_FAULT, _LAST, _PAUSE, _ADMITTED, _LIMITS, _HEAD = 0, 1, 2, 3, 4, 7
+_FAULT, _LAST, _PAUSE, _ADMITTED, _LIMITS, _HEAD = 0, 1, 2, 3, 4, 8
 
 
 class Outcome:
@@ -28,8 +28,8 @@ class Outcome:
         return bool(self.data[_PAUSE])
 
     @property
-    def limits(self) -> tuple[int, int, int]:
-        """Token budget, prompt tokens, and decoding sequences of a step."""
+    def limits(self) -> tuple[int, int, int, int]:
+        """Token budget, prompt tokens, and decoding sequences of a step; pages of the cache."""
         return tuple(self.data[_LIMITS:_HEAD].tolist())
 
     @property
@@ -37,7 +37,8 @@ class Outcome:
         """Numbers of the requests that this replica answers from now on."""
         return self._requests[: self.data[_ADMITTED]]
 
-    def decide(self, fault: int, last: bool, limits: tuple[int, int, int], admitted: list[int], pause: bool = False) -> None:
+    def decide(self, fault: int, last: bool, limits: tuple[int, int, int, int], admitted: list[int],
+               pause: bool = False) -> None:
         """Sets all but tokens and ends."""
         self.data[:_HEAD] = fault, last, pause, len(admitted), *limits
         self._requests[: len(admitted)] = admitted

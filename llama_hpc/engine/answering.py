@@ -46,7 +46,7 @@ def plan_batches(job: ModelJob, ready: list[ReadyRequest], batching: Batching, t
 
     Raises UsageError, on every rank, where the cache cannot hold a request.
     """
-    config, shape, parts = job.checkpoint.config, job.grid.shape, job.settings.context_parallel
+    config, shape, parts = job.checkpoint.config, job.shape, job.settings.context_parallel
     most = max(r.params.n for r in ready)       # of which one replica answers all
     at_once = min(batching.max_seqs, max(most, -(-sum(r.params.n for r in ready) // shape.data)))
     pages, in_q8 = job.pages(batching.kv_memory)
@@ -71,11 +71,13 @@ class Crew:
     """One rank's part in a replica that can answer requests: the model loaded, the plan, and what it has done so far.
 
     ``job``: on the ranks that set it up together; ``tokenizer``: that of the model on leaders, or None without one. ``number`` is
-    that of the replica among all that the job has ever had; ``taken`` are the requests that its leader has ever admitted.
+    that of the replica among all that the job has ever had (None: its index in the grid); ``taken`` are the requests that its
+    leader has ever admitted.
     """
 
-    def __init__(self, job: ModelJob, stage: TransformerStage, plan: BatchPlan, tokenizer, number: int = 0):
-        self.job, self.stage, self.plan, self.tokenizer, self.number = job, stage, plan, tokenizer, number
+    def __init__(self, job: ModelJob, stage: TransformerStage, plan: BatchPlan, tokenizer, number: int | None = None):
+        self.job, self.stage, self.plan, self.tokenizer = job, stage, plan, tokenizer
+        self.number = job.grid.data_index if number is None else number
         self.replica: Replica | None = None
         self.taken: set[int] = set()
         self._reports: list[RankReport] = []
@@ -98,7 +100,8 @@ class Crew:
             return self.tokenizer.decode(ids, continuation=True)
         self._note()
         self.replica = Replica(self.job.grid, self.stage, ready, self.plan, queue, counters, eos,
-                               decode if self.tokenizer else None, origin, tick, taken=self.taken, **more)
+                               decode if self.tokenizer else None, origin, tick, taken=self.taken, number=self.number,
+                               **more)
         self.replica.run()
         return self.replica
 

@@ -49,18 +49,20 @@ class Durable:
     """The progress of a run into ``output``. Methods are called in the order in which they stand here.
 
     ``resume``: goes on behind what earlier runs have finished. ``interval``: seconds of work that a node's death may cost.
-    ``rescue``: a folder for what the output's file system does not take.
+    ``rescue``: a folder for what the output's file system does not take. ``dry``: ``examine`` finds the same and the same
+    errors, but locks and changes nothing; nothing else may be called then.
     """
 
-    def __init__(self, output: str, resume: bool, overwrite: bool, interval: float, rescue: str | None):
+    def __init__(self, output: str, resume: bool, overwrite: bool, interval: float, rescue: str | None, dry: bool = False):
         if resume and overwrite:
             raise UsageError("--resume goes on with a job, --overwrite begins it anew: give one of them")
         self.output, self.resume, self.overwrite = output, resume, overwrite
-        self.interval, self.rescue = interval, Path(rescue) if rescue else None
+        self.interval, self.rescue, self.dry = interval, Path(rescue) if rescue else None, dry
         self.folder, self.found = ProgressFolder(output), Found()
         self.identity: dict[str, Any] = {}
         self.run: int | None = None             # which one this is of the job's runs
         self.writer: PartWriter | None = None
+        self._retries = 0                       # of writers that are closed
         self.complete = False
         self.stop: Stop | None = None           # told when a file system has failed for good
 
@@ -72,15 +74,20 @@ class Durable:
         self.identity = identity
         exists = os.path.isfile(self.output)
         check_rescue(self.rescue)
-        self._lock(_PATIENCE if self.resume else 0)
+        if self.dry:
+            self.folder.check_free()
+        else:
+            self._lock(_PATIENCE if self.resume else 0)
         if not self.resume:
             if not self.overwrite and not self.folder.is_empty():
                 raise UsageError(f"an earlier run into {self.output} was not finished: --resume goes on with it, --overwrite "
                                  "begins anew")
-            self.folder.wait_for_writers()
-            self.folder.clear()
+            if not self.dry:
+                self.folder.wait_for_writers()
+                self.folder.clear()
         elif exists and self._is_complete():
             self.complete = True
+            # Where the lock is held.
             self.folder.remove()
         else:
             self._take_over()
@@ -123,10 +130,12 @@ class Durable:
     def _take_over(self) -> None:
         if self.folder.is_empty() and not self.rescue:
             # Nothing is finished, so there is nothing that must not change.
-            self.folder.clear()
+            if not self.dry:
+                self.folder.clear()
             return
         check_same_job(self.folder.output, self.folder.identity() or {}, self.identity)
-        self.folder.wait_for_writers()
+        if not self.dry:
+            self.folder.wait_for_writers()
         self.found = self.folder.read(self.identity, self.rescue)
         if self.found.runs:
             torn = f", {self.found.torn} bytes of half written ones cut off" if self.found.torn else ""
@@ -178,6 +187,7 @@ class Durable:
         with agreed(job.comm, "keeping the answers"):
             if self.writer:
                 self.writer.settle()
+            job.incidents["write_retries"] = self._retries + (self.writer.retries if self.writer else 0)
         with agreed(job.comm, "reading the progress"):
             if not job.first:
                 return Found()
@@ -189,6 +199,7 @@ class Durable:
         writer, self.writer = self.writer, None
         if writer:
             writer.close()
+            self._retries += writer.retries
 
     def end(self) -> None:
         """First rank: the output is complete."""

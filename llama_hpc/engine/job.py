@@ -8,12 +8,14 @@ from typing import Any
 
 from mpi4py import MPI
 
+from llama_hpc.engine import incidents
 from llama_hpc.engine.answering import Batching, Crew, plan_batches, sizes_for
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.durable import Done, Durable, identity_of
 from llama_hpc.engine.latency import Target, report
 from llama_hpc.engine.model_job import ModelJob, ModelSettings
 from llama_hpc.engine.prepare import longest, prepare
+from llama_hpc.engine.replica import BatchPlan
 from llama_hpc.engine.requests import read_requests
 from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.engine.summary import RankReport, arrays, summary, trace
@@ -39,7 +41,7 @@ class Job(ModelJob):
         self.args, self.params, self.targets, self.stop, self.requests, self.texts = args, params, targets, stop, [], []
         self.identity: dict[str, Any] = {}
         self.hashes: dict[str, str] | None = {} if args.hash_weights else None
-        self.durable = Durable(args.output, args.resume, args.overwrite, args.sync_interval, args.rescue)
+        self.durable = Durable(args.output, args.resume, args.overwrite, args.sync_interval, args.rescue, args.dry_run)
         self.durable.stop = stop
 
     def run(self) -> int:
@@ -90,14 +92,18 @@ class Job(ModelJob):
         """This rank's part in a replica that can answer the requests; ``number`` is that of the grid's first replica."""
         self.open()
         grid = self.choose_grid(*self.grid_sizes(ready))
-        batching = Batching(**{field.name: getattr(self.args, field.name) for field in fields(Batching)})
-        plan = plan_batches(self, ready, batching, tuple(self.targets))
+        plan = self.plan(ready)
         self.announce(f"{plan.max_seqs} sequences and {plan.pages * PAGE} tokens in the cache of a replica")
         self.compile()
         stage = self.make_stage(self.load(self.hashes if grid.data_index == 0 else None), **sizes_for(plan, ready))
         tokenizer = load_tokenizer(self.checkpoint.path) if grid.is_leader else None
         self.durable.begin(self, number)
         return Crew(self, stage, plan, tokenizer, number + grid.data_index)
+
+    def plan(self, ready: list[ReadyRequest]) -> BatchPlan:
+        """How the replicas of the grid batch."""
+        batching = Batching(**{field.name: getattr(self.args, field.name) for field in fields(Batching)})
+        return plan_batches(self, ready, batching, tuple(self.targets))
 
     def grid_sizes(self, ready: list[ReadyRequest]) -> tuple[int, int, int, int]:
         """What a grid is chosen for: answers, sequences at a time, positions of the longest one and of a usual one."""
@@ -109,6 +115,7 @@ class Job(ModelJob):
         """From what every rank has done to the output. ``place``: of a rank of a replica; ``reports`` of all it took part in."""
         places, hashes, gathered, reasons = (self.comm.gather(part) for part in (place, self.hashes, reports, self.stop.reason))
         found = self.durable.collect(self)
+        counts = self.comm.reduce(self.incidents)
         if self.first:
             places = [place for place in places if place]
             self.complete_facts(places, shape, self.durable.identity["model content"], seconds, vars(self.args),
@@ -120,6 +127,9 @@ class Job(ModelJob):
             self.facts["stopped"] = next(filter(None, reasons), "") if len(found.outputs) < samples else ""
             self.facts |= {"identity": self.durable.identity, "runs": found.runs, "torn_bytes": found.torn}
             gathered = [report for part in gathered for report in part]
+            counts.update(incidents.of_reports(gathered), torn_bytes=found.torn,
+                          resumed_answers=sum(output.attempt != self.durable.run for output in found.outputs))
+            self.facts["incidents"] = incidents.totals(counts)
         on_first(self.comm, self._write, found.outputs, gathered, seconds)
         self.durable.close()
         self.comm.Barrier()
@@ -139,7 +149,7 @@ class Job(ModelJob):
         if outputs and self.requests[0].arrival_s is not None:
             latency = report(outputs, self.targets)
             lines, tables = lines + latency.lines(), tables | latency.arrays()
-        for line in lines:
+        for line in lines + incidents.lines(self.facts["incidents"]):
             _LOG.info("%s", line)
         for line in warnings:
             _LOG.warning("%s", line)

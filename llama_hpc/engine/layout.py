@@ -1,6 +1,6 @@
 """Choosing a grid, and what each of its ranks would hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.sampling_params import shown
@@ -83,13 +83,14 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
         f"--max-seq-len (score: --token-budget or --window)")
 
 
-def cache_pages(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare, memory: int,
-                kv_memory: int | None, kv_cache: str = "auto") -> int:
-    """Pages of the KV cache that one rank can hold, whose processes may use ``memory`` bytes; ``kv_memory`` bytes if given."""
-    room = kv_memory
-    if room is None:
-        room = int(memory * USABLE) - OVERHEAD - weight_bytes(config, weights_format, stage, share)
-    return max(0, room) // (PAGE * cache_bytes(config, weights_format, stage, share, kv_cache))
+def replica_pages(config: ModelConfig, weights_format: str, shape: GridShape, memory: int, kv_memory: int | None,
+                  kv_cache: str = "auto", context: int = 1) -> int:
+    """Pages of the KV cache that every rank of a replica can hold, each of which may use ``memory`` bytes; with ``kv_memory`` of
+    them for the cache, if given."""
+    def pages(rank: RankShare) -> int:
+        room = int(memory * USABLE) - OVERHEAD - rank.weights if kv_memory is None else kv_memory
+        return max(0, room) // rank.cache
+    return min(map(pages, rank_shares(config, weights_format, replace(shape, data=1), PAGE, kv_cache, context)))
 
 
 def check_pages(pages: int, pages_in_q8: int, ready: list[ReadyRequest], chosen: bool, parts: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.comm.survivors import failed
-from llama_hpc.engine.layout import auto_grid, cache_pages
+from llama_hpc.engine.layout import auto_grid, replica_pages
 from llama_hpc.engine.queue import COUNTERS, ENDED, FINISHED, TOKENS
 from llama_hpc.engine.warmup import once_per_node, warm_up
 from llama_hpc.grid import Grid, GridShape
+from llama_hpc.kernels.cpu.places import cpu_text
 from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.waiting import Alarm
 from llama_hpc.kernels.cpu.workers import Pool
@@ -29,6 +31,8 @@ from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cache
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.runtime.activity import doing
+from llama_hpc.runtime.binding import launch_table, launch_warnings, own_place
+from llama_hpc.runtime.heartbeat import Heartbeat
 from llama_hpc.runtime.launch import fault_tolerant
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
@@ -49,7 +53,7 @@ class ModelSettings:
     ``sequence_parallel`` from how many tokens of a step on they also deal out rows, ``overlap`` from how many they compute one
     half while sums of the other travel between nodes (0: never), ``kv_cache`` the cache's format (see ``model.kv_cache``);
     ``show``: whether the first rank tells how far long steps have come; ``context_parallel``: so many tensor ranks deal out the
-    positions of the cache."""
+    positions of the cache; ``heartbeat``: seconds between lines that tell that the job is alive (0: none)."""
 
     model: str
     weights: str | None
@@ -61,6 +65,7 @@ class ModelSettings:
     kv_cache: str = "auto"
     show: bool = True
     context_parallel: int = 1
+    heartbeat: float = 0.0
 
 
 class ModelJob:
@@ -75,8 +80,11 @@ class ModelJob:
         self.first = comm.rank == 0
         self.show = self.first and settings.show
         self.facts: dict[str, Any] = collect() if self.first else {}
+        self.incidents: Counter[str] = Counter()        # of this rank, see ``engine.incidents``
         with agreed(comm, "choosing the places of the threads"):
             self.places = thread_places(self.threads)
+            self.binding = own_place(self.threads, self.places)
+        self.heartbeat = Heartbeat(settings.heartbeat)
 
     def examine(self) -> Checkpoint:
         """The checkpoint, checked as far as it can be without reading weights; its name goes to ``facts``. Not collective."""
@@ -95,17 +103,8 @@ class ModelJob:
             self.kv_cache = cache_format(self.settings.kv_cache, self.weights)
 
     def choose_grid(self, *sizes: int, reserved: int = 0) -> Grid:
-        """The grid that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
-
-        ``reserved``: bytes of a rank's memory that neither weights nor cache may take.
-        """
-        config = self.checkpoint.config
-        self.memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN) - reserved
-        per_node = self.comm.allreduce(self.node.size, MPI.MIN)
-        with agreed(self.comm, "choosing the grid"):
-            shape = self.settings.shape or auto_grid(config, self.weights, self.comm.size, per_node, self.memory, *sizes,
-                                                     kv_cache=self.kv_cache, context=self.settings.context_parallel)
-            check_grid(config, shape, self.settings.context_parallel)
+        """The grid of the shape that ``choose_shape`` finds."""
+        config, shape = self.checkpoint.config, self.choose_shape(*sizes, reserved=reserved)
         self.grid = Grid.create(self.comm, shape)
         self.part = stage_shares(config, shape.pipeline)[self.grid.stage]
         context = self.settings.context_parallel
@@ -115,24 +114,51 @@ class ModelJob:
         self.alarm = Alarm(lambda: failed(replica)) if fault_tolerant() else None
         return self.grid
 
+    def choose_shape(self, *sizes: int, reserved: int = 0) -> GridShape:
+        """The shape that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
+
+        ``reserved``: bytes of a rank's memory that neither weights nor cache may take.
+        """
+        config, context = self.checkpoint.config, self.settings.context_parallel
+        ranks, per_node, memory = self.resources()
+        self.memory = memory - reserved
+        with agreed(self.comm, "choosing the grid"):
+            self.shape = self.settings.shape or auto_grid(config, self.weights, ranks, per_node, self.memory, *sizes,
+                                                          kv_cache=self.kv_cache, context=context)
+            check_grid(config, self.shape, context)
+        return self.shape
+
+    def resources(self) -> tuple[int, int, int]:
+        """How many ranks there are, how many on each node at least, and the bytes that each may use at least."""
+        memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN)
+        return self.comm.size, self.comm.allreduce(self.node.size, MPI.MIN), memory
+
     def pages(self, kv_memory: int | None = None) -> tuple[int, int]:
         """Pages of a KV cache all of whose parts are such as the rank of least room can hold, and how many with --kv-cache q8;
-        with ``kv_memory`` bytes of each rank, if given."""
-        whose = self.checkpoint.config, self.weights, self.part, self.share, self.memory, kv_memory
-        own, in_q8 = (self.comm.allreduce(cache_pages(*whose, kind), MPI.MIN) for kind in (self.kv_cache, "q8"))
-        return own * self.share.context, in_q8 * self.share.context
+        with ``kv_memory`` bytes of each rank, if given. Not collective."""
+        whose = self.checkpoint.config, self.weights, self.shape, self.memory, kv_memory
+        context = self.settings.context_parallel
+        own, in_q8 = (replica_pages(*whose, kind, context) for kind in (self.kv_cache, "q8"))
+        return own * context, in_q8 * context
 
     def announce(self, plan: str) -> None:
-        """Tells what the job is about to do, and how; ``plan`` ends the line about the grid."""
-        hosts = len(set(self.comm.allgather(hostname())))
+        """Tells what the job is about to do, where and how; ``plan`` ends the line about the grid."""
+        _LOG.debug("grid %s: replica %d, stage %d, tensor rank %d", self.grid.shape, self.grid.data_index, self.grid.stage,
+                   self.grid.tensor_index)
+        places = self.comm.gather(self.binding)
         if not self.first:
             return
+        hosts = len({place.host for place in places})
         config, weights = self.checkpoint.config, self.weights
         _LOG.info("%s: %s, %.1f M parameters, weights %s (%.2f bits all in)", self.settings.model, config.family,
                   parameters(config) / 1e6, weights, packed_bits(config, weights)[1])
         _LOG.info("grid %s (replicas x stages x tensor ranks): %d ranks on %d host%s, %d thread%s each (%s kernels), %s",
                   self.grid.shape, self.comm.size, hosts, "s" * (hosts > 1), self.threads, "s" * (self.threads > 1), kernels(),
                   plan)
+        for line in launch_table(places):
+            _LOG.info("%s", line)
+        for line in launch_warnings(places, MPI.Get_library_version()):
+            _LOG.warning("%s", line)
 
     def compile(self) -> None:
         """Starts the threads, and compiles the kernels, or loads them from the node's cache."""
@@ -183,11 +209,11 @@ class ModelJob:
 
         Returns its result, the seconds that the job took, and what the counter TOKENS came to (first rank; elsewhere 0).
         """
-        counters = SharedCounters(self.comm, COUNTERS)
+        counters = SharedCounters(self.comm, COUNTERS + self.grid.shape.data)
         self.comm.Barrier()
         start = time.monotonic()
         with Progress(total, unit, label, show=self.show) as progress:
-            watch = Watch(counters, progress) if self.first else None
+            watch = Watch(counters, progress, self.heartbeat) if self.first else None
             result = run(counters, start, watch)
             if self.grid.is_leader:
                 counters.add(ENDED, 1)
@@ -210,7 +236,8 @@ class ModelJob:
 
     def place(self, stage: TransformerStage) -> dict[str, Any]:
         """Where this rank is, what it holds, and what it has joined. Not collective."""
-        return {"host": hostname(), "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
+        return {"host": hostname(), "cpus": cpu_text(self.binding.cpus), "device": self.binding.device,
+                "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
                 "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(), **stage.work()}
 
     def complete_facts(self, ranks: list[dict[str, Any]], shape: GridShape, content_hash: str, seconds: float,
@@ -232,8 +259,8 @@ class ModelJob:
 class Watch:
     """Moves the progress bar of the first rank by the shared counters, and drives MPI for the others' one-sided calls."""
 
-    def __init__(self, counters: SharedCounters, progress: Progress):
-        self.counters, self.progress, self._last = counters, progress, 0.0
+    def __init__(self, counters: SharedCounters, progress: Progress, heartbeat: Heartbeat):
+        self.counters, self.progress, self.heartbeat, self._last = counters, progress, heartbeat, 0.0
 
     def __call__(self) -> None:
         self.counters.let_others()
@@ -243,6 +270,8 @@ class Watch:
     def _look(self) -> None:
         self._last = time.monotonic()
         self.progress.update(self.counters.read(FINISHED) - self.progress.done)
+        if self.heartbeat.due():
+            self.heartbeat.beat(self.counters.read(TOKENS), self.progress)
 
     def until(self, replicas: int) -> None:
         """Waits until all replicas have ended; looks often, as the time until the last answer is measured."""

@@ -28,6 +28,8 @@ class PagePool:
         self.shared_tokens = 0          # tokens that were found and not computed
         self.most_used = 0
         self._free = [list(range(count - parts + part, -1, -parts)) for part in range(parts)]
+        self._withheld = 0              # pages of each part that stay free
+        self._least_free = [count // parts] * parts
         # Held by nobody, but with known content; oldest first.
         self._kept: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(parts)]
         self._holders = [0] * count
@@ -37,12 +39,31 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Pages that ``take`` can still give."""
+        """Pages that no sequence holds."""
         return sum(map(len, self._free)) + sum(map(len, self._kept))
 
     def room(self) -> list[int]:
         """Pages that ``take`` can still give of each part."""
-        return [len(free) + len(kept) for free, kept in zip(self._free, self._kept, strict=True)]
+        return [len(free) - self._withheld + len(kept) for free, kept in zip(self._free, self._kept, strict=True)]
+
+    @property
+    def touched(self) -> int:
+        """Pages with memory behind them: those that have had a content since the last ``forget``."""
+        return self.count - sum(self._least_free)
+
+    def withhold(self, pages: int) -> bool:
+        """From now on no more than ``pages``, a multiple of the parts, hold or keep anything. False while sequences hold more:
+        call it again when one has let go of its own."""
+        self._withheld = (self.count - pages) // self.parts
+        for free, kept in zip(self._free, self._kept, strict=True):
+            while len(free) < self._withheld and kept:
+                free.append(self._oldest_of(kept))
+        return all(len(free) >= self._withheld for free in self._free)
+
+    def forget(self, part: int) -> list[int]:
+        """Pages of a part without any content, the memory of which can be given back; forgets that they had one."""
+        self._least_free = list(map(len, self._free))
+        return [page // self.parts for page in self._free[part]]
 
     def first_part(self, tokens: np.ndarray) -> int:
         """The part for the first block of a sequence of these tokens: where its beginning is stored, else that of most room."""
@@ -81,16 +102,23 @@ class PagePool:
 
     def take(self, part: int = 0) -> int | None:
         """A page of a part to write to, or None."""
-        if self._free[part]:
-            page = self._free[part].pop()
+        free = self._free[part]
+        if len(free) > self._withheld:
+            page = free.pop()
+            self._least_free[part] = min(self._least_free[part], len(free))
         elif self._kept[part]:
-            page = self._kept[part].popitem(last=False)[0]
-            del self._stored[self._key[page]]
-            self._key[page] = None
+            page = self._oldest_of(self._kept[part])
         else:
             return None
         self._holders[page] = 1
         self.most_used = max(self.most_used, self.used)
+        return page
+
+    def _oldest_of(self, kept: OrderedDict[int, None]) -> int:
+        """The page whose content has not been of use for longest, now without it."""
+        page = kept.popitem(last=False)[0]
+        del self._stored[self._key[page]]
+        self._key[page] = None
         return page
 
     def store(self, page: int, before: int, tokens: np.ndarray) -> int:

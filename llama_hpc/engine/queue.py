@@ -3,7 +3,8 @@
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.engine.answers import ReadyRequest
 
-NEXT, FINISHED, TOKENS, STOP, ENDED, COUNTERS = range(6)        # of the shared counters
+# Of the shared counters; behind COUNTERS is one for each replica, of the times that one of its ranks has run short of memory.
+NEXT, FINISHED, TOKENS, STOP, ENDED, PRESSURE, COUNTERS = range(7)
 _DECODE_COST = 4                # of a generated token, in tokens of a prompt
 
 

@@ -1,7 +1,7 @@
 """A replica that answers requests: what its steps hold, and a leader that samples and admits."""
 
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from llama_hpc.engine.answers import Answer, ReadyRequest
 from llama_hpc.engine.latency import Target
 from llama_hpc.engine.loop import StepLoop
 from llama_hpc.engine.pages import PagePool
+from llama_hpc.engine.prepare import longest
+from llama_hpc.engine.pressure import Pressure
 from llama_hpc.engine.queue import FINISHED, STOP, TOKENS, RequestQueue, missing
 from llama_hpc.engine.scheduler import Scheduler, Sequence, StepLimits
 from llama_hpc.grid import Grid
@@ -21,6 +23,7 @@ from llama_hpc.runtime.stopping import Stop
 
 _NAP = 0.005                    # seconds between looks for requests
 _LOOK = 0.1                     # seconds between looks for a wish to stop on other ranks
+_SAMPLE = 1.0                   # seconds between looks at memory, and reports of what was generated
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Replica(StepLoop):
     each finished answer on the leader (default: ``outputs`` does); pairs of request and sample that are ``done`` are left out.
     With a reason to ``stop`` on any rank of the job, ``run`` ends at the next step and gives up what is unfinished. When the
     leader finds that ranks of the job are ``gone``, all ranks call ``regroup(self)`` behind the same step. ``taken`` gets the
-    requests that the leader admits.
+    requests that the leader admits. ``number`` is that of the replica in the job.
     """
 
     def __init__(self, grid: Grid, stage: TransformerStage, requests: list[ReadyRequest], plan: BatchPlan, queue: RequestQueue,
                  counters: SharedCounters, eos_ids: frozenset[int], decode, origin: float, tick=None,
                  keep=None, done: frozenset[tuple[int, int]] = frozenset(), stop: Stop | None = None,
-                 taken: set[int] | None = None, gone=None, regroup=None):
+                 taken: set[int] | None = None, gone=None, regroup=None, number: int = 0):
         super().__init__(grid, stage, PagePool(plan.pages, plan.sharing, stage.cache.parts), plan.depth, plan.limits.token_budget,
                          plan.max_seqs, origin, tick)
         self.requests, self.queue, self.counters, self.eos_ids, self.decode = requests, queue, counters, eos_ids, decode
@@ -64,6 +67,9 @@ class Replica(StepLoop):
         self._stop, self._stopping, self._looked = stop, False, 0.0
         self._gone, self._regroup, self._pausing = gone, regroup, False
         self._taken = set() if taken is None else taken
+        self.pressure = Pressure(counters, number, self.pool, stage, longest(requests))
+        # Tokens that were generated, those of finished answers, and those that the shared counter knows of.
+        self._generated, self._delivered, self._told, self._sampled = 0, 0, 0, 0.0
         # Only the leader's limits count; on the last stage, what it waits for is the stages before.
         self.adapter = Adapter(plan.limits, plan.max_seqs, plan.targets, plan.depth) if plan.adapt else None
 
@@ -72,14 +78,20 @@ class Replica(StepLoop):
         return [Sequence(number, sample, request.prompt, request.limit) for sample in missing(request, number, self._done)]
 
     def work(self) -> dict[str, int | float | str]:
-        """Also tokens that were found in the cache and not run, and sequences that were set back."""
-        return super().work() | {"shared_tokens": self.pool.shared_tokens, "setbacks": self.scheduler.setbacks}
+        """Also tokens that were found in the cache and not run, sequences that were set back, and how often the cache shrank."""
+        return super().work() | {"shared_tokens": self.pool.shared_tokens, "setbacks": self.scheduler.setbacks,
+                                 "pressure": self.pressure.events}
+
+    def run(self) -> None:
+        super().run()
+        self._tell(self._delivered)
 
     def plan(self) -> tuple[Batch, list[Sequence]]:
         return self.scheduler.plan()
 
     def apply(self, outcome: Outcome) -> None:
         self.scheduler.apply(outcome)
+        self.pressure.follow(self.scheduler.limits.pages)
         if outcome.pause:
             self._regroup(self)
             self._pausing = False
@@ -88,6 +100,7 @@ class Replica(StepLoop):
     def go_on(self, queue: RequestQueue, counters: SharedCounters, done: frozenset[tuple[int, int]], tick) -> None:
         """In ``regroup``: with other requests from now on, beside those that are being answered."""
         self.queue, self.counters, self._done, self.tick = queue, counters, done, tick or (lambda: None)
+        self.pressure.counters = counters
 
     @property
     def unfinished(self) -> list[int]:
@@ -108,6 +121,7 @@ class Replica(StepLoop):
         """Chooses tokens, ends sequences, admits requests."""
         if found and not fault:
             chosen, wanted, logits = found
+            self._generated += len(chosen)
             rows = dict(zip(wanted, logits, strict=True))
             likeliest = zip(chosen, *self.gather.likeliest(len(chosen)), strict=True)
             for i, (sequence, token, maximum, total) in enumerate(likeliest):
@@ -123,7 +137,8 @@ class Replica(StepLoop):
         admitted = [] if stopping or self._pausing else self._admit()
         limits = self.adapter.limits if self.adapter else self.limits
         last = not self._pausing and (stopping or (self.queue.exhausted and not self.answers))
-        outcome.decide(fault, last, astuple(limits), admitted, pause)
+        limits = limits.token_budget, limits.prefill, limits.decode, self.pressure.pages
+        outcome.decide(fault, last, limits, admitted, pause)
 
     def _must_stop(self) -> bool:
         """Whether some rank has a reason to stop; all are told of this one's."""
@@ -148,8 +163,23 @@ class Replica(StepLoop):
             self._must_stop()
         if self.adapter and rows:
             self.adapter.observe(*self.recorder.step_seconds())
+        if time.monotonic() - self._sampled > _SAMPLE:
+            self._sample()
         scheduler = self.scheduler
         return rows, scheduler.prefilled, len(scheduler.running), len(scheduler.waiting), self.pool.used
+
+    def _sample(self) -> None:
+        self._sampled = time.monotonic()
+        self.pressure.look()
+        if self.outcomes.leads:
+            self.pressure.decide()
+            self._tell(self._generated)
+
+    def _tell(self, tokens: int) -> None:
+        """Brings the shared counter of tokens up to date."""
+        if tokens != self._told:
+            self.counters.add(TOKENS, tokens - self._told)
+            self._told = tokens
 
     def _wait_for_arrival(self, arrival: float) -> None:
         """With nothing to do until a request arrives, or for a while."""
@@ -161,7 +191,7 @@ class Replica(StepLoop):
         self._keep(answer.output(self.origin, sequence.setbacks))
         self.finished += 1
         del self.answers[sequence.request, sequence.sample]
-        self.counters.add(TOKENS, len(answer.tokens))
+        self._delivered += len(answer.tokens)
         self._samples_left[sequence.request] -= 1
         if not self._samples_left[sequence.request]:
             del self._samples_left[sequence.request]

@@ -22,12 +22,13 @@ class StepLimits:
     """What a step may hold. The leader may change it from step to step, never beyond what the first steps may hold.
 
     ``token_budget``: rows in all; ``prefill``: rows of prompts; ``decode``: sequences with one row each, 0 for an equal share for
-    each of the steps under way.
+    each of the steps under way; ``pages``: of the cache in use, 0 for all.
     """
 
     token_budget: int
     prefill: int
     decode: int = 0
+    pages: int = 0
 
 
 class Sequence:
@@ -121,9 +122,16 @@ class Scheduler:
                 sequence.learn(int(outcome.token[i]))
                 if outcome.done[i]:
                     self._end(sequence)
-        self.limits = StepLimits(*outcome.limits)
+        before, self.limits = self.limits, StepLimits(*outcome.limits)
+        if self.limits.pages != before.pages:
+            self._fit(self.limits.pages or self.pool.count)
         for request in outcome.admitted:
             self.waiting.extend(self._sequences(int(request)))
+
+    def _fit(self, pages: int) -> None:
+        """Uses no more than so many pages: the youngest sequences are set back for it, all but the oldest if need be."""
+        while not self.pool.withhold(pages) and len(self.running) > 1:
+            self._set_back(self.running[-1])
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.slot < 0:

@@ -72,7 +72,7 @@ class Scorer(StepLoop):
                 break
             admitted.append(number)
             self._ahead += self.windows[number].rows
-        outcome.decide(fault, self.queue.exhausted and not self._ahead, (0, 0, 0), admitted)
+        outcome.decide(fault, self.queue.exhausted and not self._ahead, (0, 0, 0, 0), admitted)
 
     def end(self, rows: int) -> tuple[int, ...]:
         return rows, rows, 0, self.packer.waiting, self.pool.used

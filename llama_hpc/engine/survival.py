@@ -23,7 +23,7 @@ from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.job import Job
 from llama_hpc.engine.layout import auto_grid
 from llama_hpc.engine.model_job import Watch
-from llama_hpc.engine.queue import FINISHED, NEXT, STOP, TOKENS, RequestQueue
+from llama_hpc.engine.queue import FINISHED, NEXT, PRESSURE, STOP, TOKENS, RequestQueue
 from llama_hpc.engine.replica import Replica
 from llama_hpc.engine.shifts import Shift, State, hosts_memory, left, new_groups, whole_replicas
 from llama_hpc.errors import UsageError
@@ -113,7 +113,8 @@ class SurvivingJob(Job):
         seconds = time.monotonic() - self._origin
         if self._progress:
             self._progress.close()
-        self.facts["incidents"] = {"ranks_lost": len(self.survivors.lost), "went_on_without": self.survivors.shrunk}
+        if self.first:
+            self.incidents |= {"ranks_lost": len(self.survivors.lost), "went_on_without": self.survivors.shrunk}
         place, reports = (None, []) if self.crew is None else (self.crew.place(), self.crew.reports)
         self.finish(place, self._reports + reports, self._shape, seconds)
 
@@ -141,7 +142,7 @@ class SurvivingJob(Job):
         if not self.first:
             return None
         self._progress = self._progress or Progress(len(self._ready), "prompts", "answering", show=self.show)
-        return Watch(self._counters, self._progress)
+        return Watch(self._counters, self._progress, self.heartbeat)
 
     def _pause(self, replica: Replica) -> None:
         """The replica has paused behind a step, as ranks are gone that are not its own."""
@@ -196,7 +197,7 @@ class SurvivingJob(Job):
         self.first = self.comm.rank == 0
         self.show = self.first and self.settings.show
         if self.first and not was_first:
-            log.setup(0)
+            log.become_first()
         if self.first and lost:
             _LOG.warning("lost %s; %d ranks go on", ", ".join(map(str, lost)), self.comm.size)
 
@@ -230,7 +231,7 @@ class SurvivingJob(Job):
         path = self.durable.folder.path / "counters"
         if self.first:
             counters = FileCounters(path, self.comm)
-            for counter in (NEXT, STOP, TOKENS) if begins else (NEXT,):
+            for counter in (NEXT, STOP, TOKENS, PRESSURE) if begins else (NEXT,):
                 counters.set(counter, 0)
             counters.set(FINISHED, len(self._ready) - unfinished)
         self.comm.Barrier()

@@ -4,9 +4,12 @@ With context parallelism the ranks of a group are its parts: of a sequence, the 
 after the other, in turn. Pages are numbered over all parts; page p lies in part p % parts, and is the page p // parts of it.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from llama_hpc.kernels.cpu.kv_store import padded_head_dim
+from llama_hpc.kernels.cpu.memory import give_back
 from llama_hpc.kernels.numerics import ATTENTION_BLOCK, PAGE
 
 # What the pools hold: float32, the bits of float16, or int8 with a float16 scale for each position and KV head.
@@ -87,6 +90,22 @@ class KVCache:
         pools = {"keys": self.keys, "values": self.values, "key_scales": self.key_scales, "value_scales": self.value_scales}
         return {name: layers[layer - self.first_layer] for name, layers in pools.items() if layers}
 
+    def give_back(self, pages: Iterable[int]) -> None:
+        """Returns the memory of pages of this part, whose content nobody needs, to the system."""
+        runs: list[list[int]] = []
+        for page in sorted(pages):
+            if runs and runs[-1][1] == page:
+                runs[-1][1] += 1
+            else:
+                runs.append([page, page + 1])
+        for pool in self._pools:
+            for first, stop in runs:
+                give_back(pool[first:stop])
+
+    @property
+    def _pools(self) -> list[np.ndarray]:
+        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
+
     @property
     def nbytes(self) -> int:
-        return sum(pool.nbytes for pool in (*self.keys, *self.values, *self.key_scales, *self.value_scales))
+        return sum(pool.nbytes for pool in self._pools)

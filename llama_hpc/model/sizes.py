@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llama_hpc.kernels.cpu.attention import scratch_bytes
+from llama_hpc.kernels.cpu.panels import UNIT
 from llama_hpc.kernels.cpu.weights import allocated_bytes
-from llama_hpc.kernels.formats import Blocks, packed_bytes, table_format
-from llama_hpc.kernels.numerics import BLOCK, down_block
+from llama_hpc.kernels.formats import PLAIN_BYTES, Blocks, packed_bytes, table_format
+from llama_hpc.kernels.numerics import BLOCK, GROUP, down_block
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.kv_cache import DTYPES, bytes_per_position, cache_format
 from llama_hpc.model.shares import StageShare, TensorShare
@@ -79,3 +81,24 @@ def cache_bytes(config: ModelConfig, weights_format: str, stage: StageShare, sha
     """Bytes of one rank's KV cache for each position of a sequence; ``kv_cache`` as in ``kv_cache.cache_format``."""
     dtype = DTYPES[cache_format(kv_cache, weights_format)]
     return bytes_per_position(config.head_dim, len(share.kv_heads), len(stage.layers), dtype)
+
+
+def buffer_bytes(config: ModelConfig, weights_format: str, stage: StageShare, share: TensorShare, *, rows: int, outputs: int,
+                 max_seq_len: int, threads: int, joined: bool) -> int:
+    """Bytes of the buffers of one rank once steps of ``rows`` rows and ``outputs`` logits have run; ``joined``: with other tensor
+    ranks, through memory that they share. Those of pipelines and of context parallelism are not counted."""
+    hidden, head_dim, heads = config.hidden_size, config.head_dim, len(share.query_heads)
+    quantized = weights_format not in PLAIN_BYTES
+    def activation(count: int, columns: int, block: int) -> int:
+        blocks = Blocks(columns, block)
+        units = -(-blocks.groups // (UNIT // blocks.groups_per_block * blocks.groups_per_block))
+        return count * (4 * columns + quantized * units * UNIT * (GROUP + 8))
+    # Two regions of sums, and one of rows of the embedding.
+    residuals = rows * hidden * (4 + (2 * 8 + 4 * stage.first if joined else 8))
+    projections = 4 * rows * head_dim * (heads + 2 * len(share.kv_heads))
+    activations = activation(rows, hidden, BLOCK) + activation(rows, heads * head_dim, min(head_dim, BLOCK))
+    activations += activation(rows, len(share.ffn), down_block(config.intermediate_size))
+    logits = outputs * 4 * len(share.vocabulary) + activation(outputs, hidden, BLOCK) if stage.last else 0
+    tables = 4 * max_seq_len * head_dim
+    scratch = threads * scratch_bytes(max_seq_len, head_dim, config.num_heads // config.kv_heads)
+    return residuals + projections + activations + logits + tables + scratch

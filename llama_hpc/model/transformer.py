@@ -222,7 +222,8 @@ class TransformerStage:
         return next(filter(None, (steps.find(place) for steps in every)), "")
 
     def free(self) -> None:
-        """Gives back what ranks share; the stage cannot be used afterwards. Collective over the tensor group."""
+        """Gives back what ranks share, and the cache; the stage cannot be used afterwards. Collective over the tensor group."""
+        self.cache.give_back(range(self.cache.own_count))
         self.reducer.free()
         if self.buffers.context is not None:
             self.buffers.context.reducer.free()

@@ -95,12 +95,21 @@ class ProgressFolder:
                 who = _holder(descriptor)
                 os.close(descriptor)
                 if time.monotonic() > end:
-                    raise ResultsError(f"{self.output} is being written by {who}: wait for its end, or give another output")
+                    raise self._taken(who)
                 time.sleep(_LOOK)
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, json.dumps(holder).encode(), 0)
         except OSError as error:
             raise ResultsError(f"cannot keep progress in {self.path}: {error.strerror}") from None
+
+    def check_free(self) -> None:
+        """Changes nothing. Raises ResultsError where another job holds the lock now."""
+        if self.in_use():
+            with contextlib.suppress(FileNotFoundError), open(self.path / "lock", "rb") as lock:
+                raise self._taken(_holder(lock.fileno()))
+
+    def _taken(self, who: str) -> ResultsError:
+        return ResultsError(f"{self.output} is being written by {who}: wait for its end, or give another output")
 
     def _is_the_lock(self, descriptor: int) -> bool:
         """Whether an open file is still the one that others find: a job that has ended removes its own."""

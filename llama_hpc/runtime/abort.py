@@ -14,6 +14,7 @@ from tempfile import gettempdir
 from typing import NoReturn
 
 from llama_hpc.errors import LlamaHpcError, RankLost, UsageError
+from llama_hpc.runtime import log
 from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.launch import environment_rank, is_first, let_first_speak, started_mpi
 
@@ -154,6 +155,8 @@ def _lost_rank(error: Exception) -> bool:
 
 def _leave(error: LlamaHpcError | None, code: int) -> int:
     """Print ``error`` where it is this rank's to print; end the job unless all ranks leave together."""
+    if error is not None:
+        log.keep_failure(error)
     MPI = started_mpi()
     if MPI is None or MPI.COMM_WORLD.size == 1:
         # Under a launcher, but not joined by MPI: what is wrong with the command line is wrong for all.

@@ -26,15 +26,21 @@ def available_memory() -> int:
     The least of what the kernel has free, what the cgroups leave (pages of mapped files can be dropped and do not
     count as used) and what SLURM granted. An allocation of a GPU's memory is not looked at.
     """
-    import psutil
-
-    limits = [psutil.virtual_memory().available, *_cgroup_memory()]
+    limits = [left for left, _ in memory_limits()]
     granted = _number("SLURM_MEM_PER_NODE")
     if not granted and (per_cpu := _number("SLURM_MEM_PER_CPU")):
         granted = per_cpu * (_number("SLURM_CPUS_ON_NODE") or 1)
     if granted:
         limits.append(granted * _MIB)
     return max(0, min(limits))
+
+
+def memory_limits(root: Path = ROOT) -> list[tuple[int, int]]:
+    """(bytes left, bytes in all) of this node, and of each limited cgroup that this process is in."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return [(memory.available, memory.total), *_cgroup_memory(root)]
 
 
 def default_threads(ranks_on_node: int, requested: int | None = None) -> int:
@@ -84,8 +90,8 @@ def node_cores(root: Path = ROOT) -> int:
     return max(1, min(cores, _number("SLURM_CPUS_ON_NODE") or cores))
 
 
-def _cgroup_memory(root: Path = ROOT) -> list[int]:
-    """Bytes left under each memory limit of the cgroups that this process is in."""
+def _cgroup_memory(root: Path = ROOT) -> list[tuple[int, int]]:
+    """Bytes left under each memory limit of the cgroups that this process is in, and the limit."""
     left = []
     for folder in cgroup_folders("memory", root):
         limit = read(folder / "memory.max") or read(folder / "memory.limit_in_bytes")
@@ -95,7 +101,7 @@ def _cgroup_memory(root: Path = ROOT) -> list[int]:
         # Version 1 has the whole subtree under total_*; shared memory counts as file pages but cannot be dropped.
         stat = dict(line.split() for line in read(folder / "memory.stat").splitlines())
         pages = int(stat.get("total_cache", stat.get("file", 0))) - int(stat.get("total_shmem", stat.get("shmem", 0)))
-        left.append(int(limit) - int(used) + max(0, pages))
+        left.append((int(limit) - int(used) + max(0, pages), int(limit)))
     return left
 
 

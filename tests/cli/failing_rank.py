@@ -19,6 +19,7 @@ from llama_hpc.cli.main import main  # noqa: E402
 from llama_hpc.comm.survivors import Survivors  # noqa: E402
 from llama_hpc.model.kv_cache import KVCache  # noqa: E402
 from llama_hpc.model.transformer import TransformerStage  # noqa: E402
+from llama_hpc.results.part_writer import PartWriter  # noqa: E402
 from llama_hpc.runtime import stopping  # noqa: E402
 from llama_hpc.weights.checkpoint import Checkpoint  # noqa: E402
 
@@ -50,6 +51,7 @@ FAULTS = {
     "memory": (KVCache, "__init__", 2, raising(MemoryError())),
     "bug": (*STEP, raising(ValueError("an odd value"))),
     "disk full": (os, "replace", 2, raising(OSError(errno.ENOSPC, "No space left on device"))),
+    "a write": (PartWriter, "_write", 2, raising(OSError(errno.EIO, "Input/output error"))),
     "killed": (*STEP, KILLED),
     "killed later": (TransformerStage, "forward", 40, KILLED),
     "killed at start": (Survivors, "introduce", 1, KILLED),

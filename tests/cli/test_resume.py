@@ -83,6 +83,7 @@ def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(command, 
     job = command(2, arguments(model, prompts, output, "--grid", "1x2x1", "--resume"))
     assert job.returncode == 0, job.stderr
     assert f"resuming: {kept} answers of 3 earlier runs, 8 bytes of half written ones cut off" in job.stderr
+    assert "lost: 8 bytes of half written answers" in job.stderr and f"resumed: {kept} answers of earlier runs" in job.stderr
     with read_results(output) as results:
         assert results.digest == undisturbed == results.verify()
         found = [output.attempt for output in results.outputs()]
@@ -90,6 +91,7 @@ def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(command, 
         runs = results.provenance["runs"]
         assert [run["grid"] for run in runs] == ["2x1x1", "1x3x1", "1x1x2", "1x2x1"] and results.provenance["torn_bytes"] == 8
         assert sum(run["answers"] for run in runs) == COUNT + 4
+        assert results.provenance["incidents"]["resumed_answers"] == kept
     assert not folder.path.exists()
 
 

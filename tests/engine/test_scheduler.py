@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -18,18 +18,20 @@ class World:
     """Plays the leader and the model: admits requests in turn, samples numbers, ends answers at their length, and keeps what the
     cache holds, page by page. Checks every step.
 
+    ``room(step)``: how many pages may be in use from a step on, of which the memory of all others is given back.
+
     Each request has as many ``samples`` with answers of one length; everything else is by answer, those of a request in a row.
     """
 
     def __init__(self, prompts, answers, *, samples=1, max_seqs=4, budget=64, prefill=None, decode=0, depth=1, pages=None,
-                 sharing=True, parts=1):
+                 sharing=True, parts=1, room=None):
         self.samples, self.max_seqs = samples, max_seqs
         self.prompts, self.answers = ([item for item in items for _ in range(samples)] for items in (prompts, answers))
         longest = max(len(p) + n for p, n in zip(prompts, answers, strict=True))
         self.parts, self.first_parts = parts, np.full(max_seqs, -1, np.int32)
         self.pool = PagePool(pages or max_seqs * parts * pages_in_a_part(longest, parts), sharing, parts)
         self.table = np.full((max_seqs, pages_of(longest)), -1, np.int32)
-        self.limits = StepLimits(budget, prefill or budget, decode)
+        self.limits, self.room = StepLimits(budget, prefill or budget, decode), room or (lambda step: 0)
         self.scheduler = Scheduler(self.limits, max_seqs, self.pool, self.table, depth, self.sequences,
                                    self.first_parts)
         self.queue, self.live = deque(range(len(prompts))), set()
@@ -64,15 +66,25 @@ class World:
             outcome.done[i] = len(text) == len(self.prompts[answer]) + self.answers[answer]
             if outcome.done[i]:
                 self.live.remove(answer)
-        outcome.decide(0, False, astuple(self.limits), self.admit())
+        limits = replace(self.limits, pages=self.room(len(self.steps)))
+        outcome.decide(0, False, astuple(limits), self.admit())
         return outcome
 
+    def apply(self, outcome):
+        """As a rank does it."""
+        before = self.scheduler.limits.pages or self.pool.count
+        self.scheduler.apply(outcome)
+        if 0 < self.scheduler.limits.pages < before:
+            gone = {(part, page) for part in range(self.parts) for page in self.pool.forget(part)}
+            self.cache = {place: name for place, name in self.cache.items() if place[:2] not in gone}
+            assert self.pool.touched <= self.scheduler.limits.pages or len(self.scheduler.running) == 1
+
     def run(self, limit=5000):
-        self.scheduler.apply(self.outcome())
+        self.apply(self.outcome())
         under_way = deque()
         while self.live or self.queue or under_way:
             if len(under_way) == self.scheduler.depth:
-                self.scheduler.apply(under_way.popleft())
+                self.apply(under_way.popleft())
             under_way.append(self.step())
             assert len(self.steps) < limit, "it does not end"
             if not self.live and not self.queue and not any(self.steps[-self.scheduler.depth :]):
@@ -203,6 +215,32 @@ def test_with_a_cache_in_parts_every_answer_is_complete(seed):
     least = max(pages_in_a_part(len(p) + n, parts) for p, n in zip(prompts, answers, strict=True))
     world = World(prompts, answers, max_seqs=draw.randint(1, 4), budget=draw.choice((50, 256, 1000)), depth=draw.randint(1, 3),
                   parts=parts, pages=parts * (least + draw.choice((0, 1, 5, 40))), sharing=draw.random() < 0.7).run()
+    assert [len(t) for t in world.texts] == [len(p) + n for p, n in zip(world.prompts, world.answers, strict=True)]
+    assert world.scheduler.idle and world.pool.used == 0
+
+
+def test_with_less_room_the_youngest_give_way_and_with_more_they_come_back():
+    world = World([[n] * 16 for n in range(4)], [100] * 4, max_seqs=4, pages=32, sharing=False,
+                  room=lambda step: 6 if 20 <= step < 30 else 32).run()
+    running = [len({answer for answer, _ in step}) for step in world.steps]
+    assert running[19] == 4 and running[22:29] == [2] * 7 and running[40] == 4
+    assert world.scheduler.setbacks == 2 and world.ran[:2] == [16 + 99] * 2
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_however_the_room_changes_every_answer_is_complete(seed):
+    """Pages are withdrawn and come back at any time, with the memory of those without content given back."""
+    draw = random.Random(seed)
+    parts, count = draw.choice((1, 1, 2, 3)), draw.randint(2, 10)
+    beginning = [draw.randint(0, 9) for _ in range(600)]
+    prompts = [beginning[: draw.choice((0, 16, 48, 500))] + [draw.randint(0, 99) for _ in range(draw.randint(1, 200))]
+               for _ in range(count)]
+    answers = [draw.randint(1, 40) for _ in range(count)]
+    least = parts * max(pages_in_a_part(len(p) + n, parts) for p, n in zip(prompts, answers, strict=True))
+    most = least + parts * draw.choice((1, 5, 40))
+    rooms = [draw.randint(least // parts, most // parts) * parts for _ in range(200)]
+    world = World(prompts, answers, max_seqs=draw.randint(2, 6), budget=draw.choice((16, 100, 1000)), depth=draw.randint(1, 4),
+                  parts=parts, pages=most, sharing=draw.random() < 0.7, room=lambda step: rooms[step // 7 % 200]).run()
     assert [len(t) for t in world.texts] == [len(p) + n for p, n in zip(world.prompts, world.answers, strict=True)]
     assert world.scheduler.idle and world.pool.used == 0
 

@@ -3,18 +3,24 @@
 import json
 from math import prod
 
+import numpy as np
 import pytest
 from local_ranks import LocalReducer, on_ranks
 from model_shapes import SHAPES
+from mpi4py import MPI
 from reference_models import CASES, case, tensor_shapes, write_checkpoint
 
+from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.codebook import fit_codebook
+from llama_hpc.kernels.cpu.activations import Activation
+from llama_hpc.kernels.cpu.attention import scratch_bytes
 from llama_hpc.kernels.cpu.quantize import quantize_q3_5, quantize_q4, quantize_q8, row_maxima
 from llama_hpc.kernels.formats import Blocks, table_format
 from llama_hpc.kernels.numerics import down_block
 from llama_hpc.model.kv_cache import KVCache
-from llama_hpc.model.shares import TensorShare, stage_shares
-from llama_hpc.model.sizes import cache_bytes, packed_bits, parameters, weight_bytes
+from llama_hpc.model.shares import StageShare, TensorShare, stage_shares
+from llama_hpc.model.sizes import buffer_bytes, cache_bytes, packed_bits, parameters, weight_bytes, whole
+from llama_hpc.model.transformer import TransformerStage
 from llama_hpc.weights.checkpoint import open_checkpoint
 from llama_hpc.weights.hf_config import read_hf_config
 from llama_hpc.weights.loader import load_stage
@@ -118,3 +124,26 @@ def test_cache_bytes_are_those_of_the_allocated_pools(weights_format, kv_cache, 
             share = TensorShare.of(config, ranks, index)
             cache = KVCache(stage.layers, len(share.kv_heads), config.head_dim, 3, 64, dtype)
             assert cache.nbytes == 3 * 64 * cache_bytes(config, weights_format, stage, share, kv_cache)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("weights_format", ["f32", "q8"])
+@pytest.mark.parametrize("name", TINY)
+def test_buffer_bytes_are_those_of_the_arrays_that_steps_write(checkpoint, name, weights_format, last, pool):
+    model = checkpoint[name]
+    config, share = model.config, whole(model.config)[1]
+    stage = StageShare(range(config.num_layers), True, last)
+    weights = load_stage(model, weights_format, stage, share, TensorReducer(MPI.COMM_SELF), MPI.COMM_SELF)
+    made = TransformerStage(config, stage, share, weights, TensorReducer(MPI.COMM_SELF), pool(2), sequences=4, max_seq_len=200,
+                            max_rows=300, max_outputs=40)
+    found = {}
+    for owner in (made, made.buffers):
+        for value in vars(owner).values():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, np.ndarray | Activation):
+                    found[id(item)] = item
+    held = sum(array.nbytes for array in found.values()) + made.buffers.sums[0].own.nbytes
+    # Of a thread's scratch what attention writes.
+    held += 2 * scratch_bytes(200, config.head_dim, config.num_heads // config.kv_heads)
+    computed = buffer_bytes(config, weights_format, stage, share, rows=300, outputs=40, max_seq_len=200, threads=2, joined=False)
+    assert computed == pytest.approx(held, rel=0.03)

@@ -46,7 +46,7 @@ V1 = {
 }
 
 
-@pytest.mark.parametrize(("files", "cpus", "memory"), [(V2, 3, [6 * GIB]), (V1, 2, [2 * GIB])])
+@pytest.mark.parametrize(("files", "cpus", "memory"), [(V2, 3, [(6 * GIB, 8 * GIB)]), (V1, 2, [(2 * GIB, 4 * GIB)])])
 def test_cgroup_limits(tmp_path, files, cpus, memory):
     root = write_files(tmp_path, files)
     assert cpu_quota(root) == cpus

@@ -1,0 +1,31 @@
+"""A line now and then that tells that a job is alive, how fast it is, and how its first rank and node are."""
+
+import logging
+import time
+
+from llama_hpc.runtime.health import device_facts, memory_text
+from llama_hpc.runtime.progress import Progress
+
+_LOG = logging.getLogger(__name__)
+
+
+class Heartbeat:
+    """Every ``interval`` seconds from the first look at it on; 0: never."""
+
+    def __init__(self, interval: float):
+        self._interval = interval or float("inf")
+        self._last, self._tokens = 0.0, 0
+
+    def due(self) -> bool:
+        """Whether it is time for the next line."""
+        now = time.monotonic()
+        self._last = self._last or now
+        return now - self._last >= self._interval
+
+    def beat(self, tokens: int, progress: Progress) -> None:
+        """Logs the line: so many ``tokens`` have come about since the start."""
+        now = time.monotonic()
+        rate = (tokens - self._tokens) / (now - self._last)
+        self._last, self._tokens = now, tokens
+        _LOG.info("%s", "; ".join([f"alive: {rate:.1f} tokens/s, {progress.done} of {progress.total} {progress.unit}",
+                                   f"memory: {memory_text()}", *device_facts()]))
