@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,19 @@ def start(n, argv, *, mpi=None, env=None, cwd=None, options=(), **streams):
     command = [str(launcher), *options, "-n", str(n), sys.executable, *map(str, argv)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=cwd or ROOT, env=environment(mpi, variables | (env or {})),
                             start_new_session=True, **streams)
+
+
+def kill_all(job):
+    """Kills all processes of a job that ``start`` started, and waits for their end."""
+    everything = []
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(job.pid)
+        launcher.suspend()              # It must not start more of them meanwhile.
+        everything = [launcher, *launcher.children(recursive=True)]
+    for process in everything:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(everything, 10)
 
 
 def mpirun(n, argv, *, mpi=None, timeout=60, env=None, cwd=None, options=()):

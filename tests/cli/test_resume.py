@@ -64,10 +64,7 @@ def killed(ranks, argv, folder, answers):
         end = time.monotonic() + 60
         while answers_in(folder) < answers and job.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
-        everything = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-        for process in everything:
-            process.kill()
-        psutil.wait_procs(everything, 10)
+        mpi_jobs.kill_all(job)
 
 
 def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(command, model, prompts, undisturbed, tmp_path):
