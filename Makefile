@@ -1,5 +1,7 @@
 # make demo          four MPI ranks answer a handful of prompts with a small model
-# make test          lint and all tests, under Open MPI and MPICH
+# make test          lint and all tests, under Open MPI and, in a short form, MPICH
+# make test-mpich    all tests that start MPI jobs, under MPICH
+# make test-faults   jobs that are killed, lose ranks, ... at random moments (tests/faults): hours on two cores
 # make test-layouts  every grid, format, batch size and MPI against one rank: more than half an hour on two cores
 # make test-memory   the memory of every rank on a random model of 4.4 GB
 # make lint          ruff only
@@ -21,7 +23,10 @@ export OMPI_MCA_btl := self,sm,tcp
 export OMPI_MCA_osc := ^ucx
 export OMPI_MCA_mpi_yield_when_idle := 1
 
-.PHONY: demo test test-layouts test-memory lint clean
+# Bytecode of the package is kept: to compile it anew takes a third of a short run.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test test-mpich test-faults test-layouts test-memory lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/mpirun -n 4 $(BIN)/llama-hpc run smollm2 --prompts jobs/prompts.jsonl --output demo.h5 --overwrite \
@@ -30,6 +35,12 @@ demo: $(VENV)/installed
 
 test: lint $(VENV)/mpich/installed
 	$(BIN)/python -m pytest
+
+test-mpich: $(VENV)/mpich/installed
+	LLAMA_HPC_TEST_MPI=mpich $(BIN)/python -m pytest
+
+test-faults: $(VENV)/installed
+	$(BIN)/python tests/faults/campaign.py
 
 test-layouts: $(VENV)/mpich/installed
 	$(BIN)/python tests/mpi/campaign.py

@@ -14,9 +14,17 @@ from llama_hpc.runtime import numba_setup
 numba_setup.configure(threads=2)
 
 
-def pytest_collection_modifyitems(items):
-    """What compiles all kernels comes first: see ``cache`` there."""
+def pytest_configure(config):
+    config.addinivalue_line("markers", "openmpi: what only Open MPI can do, such as to outlive ranks")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What compiles all kernels comes first, see ``cache`` there. Under another MPI than usual, only tests that start jobs."""
     items.sort(key=lambda item: item.path.name != "test_warmup.py")
+    if mpi_jobs.MPI != mpi_jobs.USUAL:
+        jobs = [item for item in items if {"mpirun", "command"} & {*item.fixturenames} and not item.get_closest_marker("openmpi")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in jobs])
+        items[:] = jobs
 
 
 @pytest.fixture(scope="session")

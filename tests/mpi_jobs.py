@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What jobs run under where a test does not say: openmpi, or mpich as ``make test-mpich`` has it.
-MPI = os.environ.get("LLAMA_HPC_TEST_MPI", "openmpi")
+USUAL = "openmpi"
+MPI = os.environ.get("LLAMA_HPC_TEST_MPI", USUAL)
 
 # A test starts jobs of its own, whatever job it runs in itself; these choose their threads and their cache themselves. Without
 # bytecode on the disk every process would spend a third of its start on compiling the package.

@@ -4,10 +4,8 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import mpi_jobs
 import psutil
@@ -47,15 +45,7 @@ def arguments(model, prompts, output, *options):
 
 def stopped(argv, folder, rank, mpi):
     """Starts a job of three ranks, and stops one when an answer is kept: (exit code, what it said, seconds until its end)."""
-    launcher, env = Path(sys.executable).with_name("mpirun"), {}
-    if mpi == "mpich":
-        launcher = Path(sys.prefix) / "mpich/bin/mpiexec"
-        env = {"MPI4PY_LIBMPI": str(launcher.parents[1] / "lib/libmpi.so.12")}
-    if not launcher.exists():
-        pytest.skip(f"{mpi} is not installed in {sys.prefix}")
-    command = [str(launcher), "-n", "3", sys.executable, *map(str, argv)]
-    with subprocess.Popen(command, env=mpi_jobs.environment(mpi, env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, start_new_session=True) as job:
+    with mpi_jobs.start(3, argv, mpi=mpi, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         end = time.monotonic() + 60
         while not folder.parts and job.poll() is None and time.monotonic() < end:
             time.sleep(0.01)

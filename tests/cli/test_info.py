@@ -174,10 +174,10 @@ def test_ranks_are_shown_by_host_as_a_run_orders_them(mpirun, tiny, tmp_path):
     """Ranks dealt to two hosts in turn: a tensor group lies on one host."""
     program = tmp_path / "two_hosts.py"
     program.write_text(
-        "import os, sys\n"
+        "import sys\n"
         "from llama_hpc.cli.main import main\n"
-        "from llama_hpc.runtime import topology\n"
-        "topology.hostname = lambda: 'ab'[int(os.environ['OMPI_COMM_WORLD_RANK']) % 2]\n"
+        "from llama_hpc.runtime import launch, topology\n"
+        "topology.hostname = lambda: 'ab'[launch.environment_rank() % 2]\n"
         "sys.exit(main(sys.argv[1:]))\n")
     job = mpirun(4, [program, "info", tiny, "--grid", "2x1x2"])
     assert job.returncode == 0, job.stderr

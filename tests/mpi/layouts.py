@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpi_jobs import mpirun
+from mpi_jobs import MPI, mpirun
 from reference_models import stories_folder, write_random_llama
 
 from llama_hpc.results import read_results
@@ -36,7 +36,7 @@ class Layout:
     grid: str = "1x1x1"
     threads: int = 1
     options: str = ""           # further ones of the command line
-    mpi: str = "openmpi"
+    mpi: str = MPI
 
     @property
     def ranks(self) -> int:

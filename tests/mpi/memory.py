@@ -42,7 +42,7 @@ class Sampler(threading.Thread):
                     status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
                 except (OSError, ValueError):
                     continue
-                rank = variables.get("OMPI_COMM_WORLD_RANK")
+                rank = variables.get("OMPI_COMM_WORLD_RANK", variables.get("PMI_RANK"))
                 if rank is None or "RssAnon" not in status:
                     continue
                 used = sum(int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))

@@ -9,6 +9,7 @@ from reference_models import prompt, write_checkpoint
 
 from llama_hpc.results import read_results
 
+pytestmark = pytest.mark.openmpi
 FAILING = Path(__file__).parents[1] / "cli" / "failing_rank.py"
 ULFM = ("--with-ft", "ulfm")
 CASE, COUNT = "llama_odd", 40
