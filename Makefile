@@ -1,5 +1,7 @@
 # make demo          four MPI ranks answer a handful of prompts with a small model
-# make test          lint and all tests, under Open MPI and MPICH
+# make test          lint and all tests, under Open MPI and MPICH, and on a small SLURM where one can be installed
+# make test-cluster  only the tests on SLURM and on several hosts, which are made from namespaces: Debian, as root
+# make test-faults   the faults that a cluster has, at random moments, over and over (half an hour)
 # make test-layouts  every grid, format, batch size and MPI against one rank: more than half an hour on two cores
 # make test-memory   the memory of every rank on a random model of 4.4 GB
 # make lint          ruff only
@@ -21,15 +23,25 @@ export OMPI_MCA_btl := self,sm,tcp
 export OMPI_MCA_osc := ^ucx
 export OMPI_MCA_mpi_yield_when_idle := 1
 
-.PHONY: demo test test-layouts test-memory lint clean
+.PHONY: demo test test-cluster test-faults test-layouts test-memory cluster lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/mpirun -n 4 $(BIN)/llama-hpc run smollm2 --prompts jobs/prompts.jsonl --output demo.h5 --overwrite \
 		--max-tokens 96
 	$(BIN)/llama-hpc show demo.h5
 
-test: lint $(VENV)/mpich/installed
+test: lint cluster $(VENV)/mpich/installed
 	$(BIN)/python -m pytest
+
+test-cluster: cluster $(VENV)/installed
+	$(BIN)/python -m pytest tests/cluster
+
+test-faults: cluster $(VENV)/installed
+	$(BIN)/python tests/faults/slurm.py
+
+# Debian packages; without them the tests that need them are skipped.
+cluster:
+	@sh tests/cluster/install.sh
 
 test-layouts: $(VENV)/mpich/installed
 	$(BIN)/python tests/mpi/campaign.py

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import mpi_jobs
 from reference_models import stories_folder, write_random_llama
 
 from llama_hpc.results import read_results
@@ -17,14 +18,6 @@ GRIDS = ("1x1x1", "1x1x2", "1x1x3", "1x1x5", "1x1x6", "1x2x1", "1x5x1", "2x1x1",
 # Every grid fits it. Shared KV heads, a short last FFN block and ranks without one at five and six, a vocabulary that no
 # tile divides.
 RANDOM = {"hidden": 72, "ffn": 100, "layers": 5, "heads": 9, "kv_heads": 3, "vocab": 515, "seed": 11}
-
-# Several runs in one job: most of a small run is the start of its processes.
-_TOGETHER = """
-import json, sys
-from llama_hpc.cli.main import main
-with open(sys.argv[1]) as file:
-    sys.exit(max([main(arguments) for arguments in json.load(file)]))
-"""
 
 
 @dataclass(frozen=True)
@@ -130,7 +123,7 @@ def perform_together(mpirun, runs: list[Run], folder: Path, timeout: int = 600) 
                   if (run.layout.mpi, run.layout.threads, run.layout.ranks) == kind}
         command_lines = folder / "command_lines.json"
         command_lines.write_text(json.dumps([run.arguments(output) for run, output in chosen.items()]))
-        job = mpirun(ranks, ["-c", _TOGETHER, command_lines], mpi=mpi, timeout=timeout)
+        job = mpirun(ranks, ["-c", mpi_jobs.TOGETHER, command_lines], mpi=mpi, timeout=timeout)
         assert job.returncode == 0, f"{[str(run) for run in chosen]}: exit code {job.returncode}\n{job.stderr}"
         outcomes |= {run: _outcome(output, 0.0) for run, output in chosen.items()}
     return outcomes
