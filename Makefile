@@ -1,7 +1,8 @@
 # make demo          four MPI ranks answer a handful of prompts with a small model
-# make test          lint and all tests, under Open MPI and, in a short form, MPICH
+# make test          lint and all tests: under Open MPI, in a short form MPICH, and on a small SLURM where one can be installed
+# make test-cluster  only the tests on SLURM and on several hosts, which are made from namespaces: Debian, as root
 # make test-mpich    all tests that start MPI jobs, under MPICH
-# make test-faults   jobs that are killed, lose ranks, ... at random moments (tests/faults): hours on two cores
+# make test-faults   jobs that are killed, lose ranks, are preempted, … at random moments (tests/faults): hours on two cores
 # make test-layouts  every grid, format, batch size and MPI against one rank: more than half an hour on two cores
 # make test-memory   the memory of every rank on a random model of 4.4 GB
 # make lint          ruff only
@@ -26,21 +27,28 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 # Bytecode of the package is kept: to compile it anew takes a third of a short run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-mpich test-faults test-layouts test-memory lint clean
+.PHONY: demo test test-cluster test-mpich test-faults test-layouts test-memory cluster lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/mpirun -n 4 $(BIN)/llama-hpc run smollm2 --prompts jobs/prompts.jsonl --output demo.h5 --overwrite \
 		--max-tokens 96
 	$(BIN)/llama-hpc show demo.h5
 
-test: lint $(VENV)/mpich/installed
+test: lint cluster $(VENV)/mpich/installed
 	$(BIN)/python -m pytest
+
+test-cluster: cluster $(VENV)/installed
+	$(BIN)/python -m pytest tests/cluster
 
 test-mpich: $(VENV)/mpich/installed
 	LLAMA_HPC_TEST_MPI=mpich $(BIN)/python -m pytest
 
-test-faults: $(VENV)/installed
+test-faults: cluster $(VENV)/installed
 	$(BIN)/python tests/faults/campaign.py
+
+# Debian packages; without them the tests that need them are skipped.
+cluster:
+	@sh tests/cluster/install.sh
 
 test-layouts: $(VENV)/mpich/installed
 	$(BIN)/python tests/mpi/campaign.py

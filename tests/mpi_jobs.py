@@ -31,6 +31,14 @@ _OPENMPI = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 
+# Several command lines in one job, from a JSON file that is its argument: most of a small run is the start of its processes.
+TOGETHER = """
+import json, sys
+from llama_hpc.cli.main import main
+with open(sys.argv[1]) as file:
+    sys.exit(max([main(arguments) for arguments in json.load(file)]))
+"""
+
 
 def environment(mpi=None, env=None):
     """The environment of a job, see ``mpirun``."""
