@@ -249,6 +249,65 @@ def prefetch_to_read(typing_context, array, index):
 
 
 @intrinsic
+def raw_at(typing_context, kind, array, index):
+    """The weights of a pair of groups at array[index], which are not codes; int8, an address that is a multiple of 64."""
+    raw = Raw(kind)
+    def codegen(context, builder, signature, arguments):
+        return _pointer(context, builder, array, *arguments[1:])
+    return raw(kind, array, types.intp), codegen
+
+
+@intrinsic
+def looked_up(typing_context, kind):
+    """Whether weights are codes."""
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(ir.IntType(1), int(kind.layout == "codes"))
+    return types.boolean(kind), codegen
+
+
+@intrinsic
+def decoded(typing_context, kind):
+    """The Kind of weights that have been looked up."""
+    result = KINDS["bytes"] if kind.layout == "codes" else kind
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(_I8, 0)
+    return result(kind), codegen
+
+
+@intrinsic
+def decode_pair(typing_context, kind, table, array, index, target, place):
+    """target[place : place + 1024], int8, a multiple of 64: a pair of groups of codes at array[index] as ``bytes``."""
+    def codegen(context, builder, signature, arguments):
+        _, table, array_value, index, target_value, place = arguments
+        if kind.layout != "codes":
+            return context.get_dummy_value()
+        raw, chosen = _pointer(context, builder, array, array_value, index), table_vectors(builder, table)
+        for step in range(2 * STEPS):
+            half, number, odd = step // STEPS, step % STEPS // 2, step % 2
+            (weights,) = step_weights(builder, kind, raw, chosen, half, ir.Constant(_I64, number), odd, None)
+            where = _pointer(context, builder, target, target_value, builder.add(place, ir.Constant(_I64, step * BYTES)))
+            builder.store(weights, builder.bitcast(where, _VB.as_pointer())).align = BYTES
+        return context.get_dummy_value()
+    return types.void(kind, table, array, types.intp, target, types.intp), codegen
+
+
+@intrinsic
+def no_table(typing_context):
+    """A codebook for weights that need none."""
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(context.get_value_type(table_type), ir.Undefined)
+    return table_type(), codegen
+
+
+@intrinsic
+def address_of(typing_context, pointer):
+    """Where a pointer points to."""
+    def codegen(context, builder, signature, arguments):
+        return builder.ptrtoint(arguments[0], _I64)
+    return types.intp(pointer), codegen
+
+
+@intrinsic
 def load_table(typing_context, kind, array):
     """The codebook in int8 [256]; nothing for other kinds than ``codes``."""
     def codegen(context, builder, signature, arguments):
