@@ -58,8 +58,7 @@ def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, gro
             both = coded.raw_at(kind, raw, pair * next_pair)
             counts = int8.counts_start(kind, zeros, corrections, row * UNIT + 2 * pair, UNIT)
             counts = int8.dots(kind, counts, both, apart, 0, coded.no_table(), x, row * UNIT_BYTES + 2 * pair * GROUP, UNIT_BYTES)
-            chain = int8.tile_fma_counts(chain, counts, coded.factors_of(kind, line0, 0), coded.factors_of(kind, line1, 0),
-                                         x_scales, row * UNIT + 2 * pair, UNIT)
+            chain = int8.tile_fma_indexed(kind, chain, counts, line0, line1, 0, x_scales, row * UNIT + 2 * pair, UNIT)
             left -= 1
             if left == 0:
                 largest = int8.tile_add_totals(chain, first, second, totals, out, WIDTH, largest)
@@ -70,8 +69,7 @@ def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, gro
             counts = int8.counts_start(kind, zeros, corrections, row * UNIT + 2 * pair + 1, UNIT)
             counts = int8.dots(kind, counts, both, apart, 1, coded.no_table(), x, row * UNIT_BYTES + (2 * pair + 1) * GROUP,
                                UNIT_BYTES)
-            chain = int8.tile_fma_counts(chain, counts, coded.factors_of(kind, line0, 1), coded.factors_of(kind, line1, 1),
-                                         x_scales, row * UNIT + 2 * pair + 1, UNIT)
+            chain = int8.tile_fma_indexed(kind, chain, counts, line0, line1, 1, x_scales, row * UNIT + 2 * pair + 1, UNIT)
             line0, line1 = coded.next_line(kind, line0), coded.next_line(kind, line1)
             left -= 1
             if left == 0:

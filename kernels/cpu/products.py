@@ -34,7 +34,7 @@ from .places import cache_sizes
 from .team import SCRATCH, TILED, begin, chunk, member_words, work_at
 
 FLOAT, ADD, SUMS, GATED = range(4)
-CHUNK = 48                      # tokens that are multiplied at a time
+CHUNK = 66                      # tokens that are multiplied at a time
 BATCH = 8                       # panels that few tokens are multiplied with before anything is done with the totals
 LIMIT_BITS, OUTPUT_BITS = (BLOCK_LIMIT * FIXED).view(np.int32), OUTPUT_LIMIT.view(np.int32)
 

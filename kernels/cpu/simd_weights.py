@@ -378,22 +378,39 @@ def factors_of(typing_context, kind, line, half):
         return None
     group = half.literal_value
     def codegen(context, builder, signature, arguments):
-        line = arguments[1]
-        if kind.indexed:
-            words = builder.bitcast(line, _V32)
-            return _choose(builder, builder.lshr(words, _constant(_V32, 4 * group)) if group else words)
-        halves = _vectors(builder, builder.bitcast(line, ir.VectorType(_I16, 32)), ir.VectorType(_I16, 32), 2)[group]
-        if target.converts_halves():
-            return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), _VF)
-        return _half_to_float(builder, builder.bitcast(halves, _V16))
+        chosen = factors_or_indices(builder, kind, arguments[1], group)
+        return _choose(builder, chosen) if kind.indexed else chosen
     return vector(kind, bytes64, half), codegen
+
+
+def factors_or_indices(builder, kind, line, group):
+    """Factors of 16 rows of one group of a pair; of indices the words whose lowest four bits they are."""
+    if kind.indexed:
+        words = builder.bitcast(line, _V32)
+        return builder.lshr(words, _constant(_V32, 4 * group)) if group else words
+    halves = _vectors(builder, builder.bitcast(line, ir.VectorType(_I16, 32)), ir.VectorType(_I16, 32), 2)[group]
+    if target.converts_halves():
+        return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), _VF)
+    return _half_to_float(builder, builder.bitcast(halves, _V16))
+
+
+def scaled_factors(builder, kind, scale, chosen):
+    """Products of a scale with the factors of each of some tiles, as ``factors_or_indices`` gives them."""
+    if not kind.indexed:
+        return [builder.fmul(factors, scale) for factors in chosen]
+    products = builder.fmul(ir.Constant(_VF, FACTORS.tolist()), scale)
+    return [_permuted(builder, products, words) for words in chosen]
+
+
+def _permuted(builder, sixteen, words):
+    """sixteen[the lowest four bits of each lane]."""
+    return builder.call(_declare(builder, "llvm.x86.avx512.permvar.sf.512", _VF, [_VF, _V32]), [sixteen, words])
 
 
 def _choose(builder, words):
     """FACTORS[the lowest four bits of each lane]."""
     if target.vector_bits() == 512:
-        table = ir.Constant(_VF, FACTORS.tolist())
-        return builder.call(_declare(builder, "llvm.x86.avx512.permvar.sf.512", _VF, [_VF, _V32]), [table, words])
+        return _permuted(builder, ir.Constant(_VF, FACTORS.tolist()), words)
     if target.vector_bits() == 256:
         eight, index = ir.VectorType(_F32, 8), ir.VectorType(_I32, 8)
         function = _declare(builder, "llvm.x86.avx2.permps", eight, [eight, index])
