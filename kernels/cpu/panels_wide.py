@@ -38,7 +38,8 @@ def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, gro
 
     weights, lines: addresses of the first tile's weights and factors, of which the second tile's lie ``apart`` and ``lines_apart``
     bytes behind; next_pair: bytes from pair to pair. ``values``: scratch for values of blocks. ``kept``: totals are set rather
-    than added to. ``ask``: address and number of the cache lines to fetch meanwhile.
+    than added to. ``ask``: address and number of the cache lines to fetch meanwhile, and as many of the
+    second tile.
     """
     _, _, _, per_block, x, x_scales, corrections, _, totals = given
     first = simd.multiply(simd.load(float32_at(scales), 0), simd.splat(FIXED))
@@ -48,6 +49,7 @@ def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, gro
     for row in range(where, where + rows, TOKENS):
         for line in range(wanted, min(wanted + share, ask[1])):
             coded.prefetch_to_read(asked, line * coded.BYTES)
+            coded.prefetch_to_read(asked, lines_apart + line * coded.BYTES)
         wanted += share
         chain, left = simd.tile_clear(zeros), per_block
         line0, line1 = coded.load_bytes(factors, 0), coded.load_bytes(factors, lines_apart)
