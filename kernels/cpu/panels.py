@@ -5,7 +5,7 @@ capacity, 8]; tokens of a unit are neighbours in the caches. Totals are int64 [p
 of rint(block value * 2**32).
 
 Weights are decoded in registers, in the order in which they stream from memory, anew for each register tile: one lookup serves
-the dot products of all its tokens, and nothing is written back.
+the dot products of all its tokens, and nothing is written back. For many tokens ``panels_wide`` decodes them once.
 """
 
 import numpy as np
@@ -101,7 +101,8 @@ def integer_panels(kind, given, at, tile_bytes, count, base, rows, row_scales, f
     """``count`` tiles of 16 rows, whose weights start at data[at], for rows base … of the activations; added to ``totals``.
 
     ``given``: data; table, groups and groups of a block of the weights; x, x_scales, corrections and capacity; totals [panels,
-    rows, 32]. ``row_scales``: an address. ``following``: where in ``data`` those weights lie that are read next.
+    rows, 32]. ``row_scales``: an address. ``following``: where in ``data`` those weights lie that are read next;
+    ``scratch``: address of SCRATCH_BYTES of ``panels_wide``.
     """
     # Not a bare 0: Numba would compile a register tile for a literal first, and then again.
     done, size = np.int64(0), rows * WIDTH

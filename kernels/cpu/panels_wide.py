@@ -1,7 +1,7 @@
 """Panels for many tokens: weights of 256 k at a time, decoded once for all register tiles.
 
-Where blocks end with units, the products of a panel go unit by unit: its weights become bytes in the first-level cache, which all
-register tiles read, and the values of blocks wait there for their conversion to int64, which is then done for several at once.
+Where blocks end with units, the products of a panel go unit by unit: its weights become bytes in the first-level cache, from where
+all register tiles of a chunk of tokens read them.
 """
 
 import numpy as np
@@ -37,8 +37,7 @@ def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, gro
     """Some register tiles of 2 x 16 rows for a unit of ``groups`` groups: rows ``where`` … of the activations; totals[out …].
 
     weights, lines: addresses of the first tile's weights and factors, of which the second tile's lie ``apart`` and ``lines_apart``
-    bytes behind; next_pair: bytes from pair to pair. ``values``: scratch for values of blocks. ``kept``: totals are set rather
-    than added to. ``ask``: address and number of the cache lines to fetch meanwhile, and as many of the
+    bytes behind; next_pair: bytes from pair to pair. ``ask``: address and number of the cache lines to fetch meanwhile, and as many of the
     second tile.
     """
     _, _, _, per_block, x, x_scales, corrections, _, totals = given
@@ -85,7 +84,7 @@ def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, gro
 
 @njit(cache=True)
 def wide_panel(kind, given, at, tile_bytes, base, rows, row_scales, following, scratch, largest):
-    """As ``integer_panels`` for two tiles and a multiple of TOKENS rows; sets totals rather than adding to them.
+    """As ``integer_panels`` for two tiles and a multiple of TOKENS rows, where blocks end with units.
 
     ``scratch``: address of SCRATCH_BYTES.
     """

@@ -11,7 +11,7 @@ from numba import carray, njit
 from numba.extending import intrinsic, overload
 
 from ..numerics import BLOCK_LIMIT, FIXED, OUT_OF_RANGE, OUTPUT_LIMIT, UNFIXED
-from . import simd
+from . import panels_wide, simd
 from . import simd_int8 as int8
 from . import simd_weights as coded
 from .activations import activation_at
@@ -27,7 +27,6 @@ from .memory import (
     record_pointer,
 )
 from .operation import operation
-from . import panels_wide
 from .panels import AHEAD_BETWEEN, AHEAD_ONE, LANES, WIDE, WIDTH, integer_panels
 from .panels_float import float_panel
 from .places import cache_sizes
@@ -57,7 +56,7 @@ def product_at(typing_context, where):
 
 
 def scratch_bytes() -> int:
-    """Scratch that a thread needs: the totals of two panels."""
+    """Scratch that a thread needs: the totals of two panels, and weights that were decoded."""
     return 2 * CHUNK * WIDTH * 8 + panels_wide.SCRATCH_BYTES
 
 
@@ -77,7 +76,7 @@ def _totals(kind, part, panel, count, activation, first, rows, totals, following
     """int64 totals [count, rows, 32] of some panels of one part for rows first … of the activations, of which count * rows are at
     most CHUNK.
 
-    ``following``: address of the weights that are read next. Returns whether a block was out of range.
+    ``following``: address of the weights that are read next; ``decoded``: of scratch for weights. Returns whether a block was out of range.
     """
 
 
