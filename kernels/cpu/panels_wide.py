@@ -1,7 +1,7 @@
 """Panels for many tokens: weights of 256 k at a time, decoded once for all register tiles.
 
-Where blocks end with units, the products of a panel go unit by unit: its weights become bytes in the first-level cache, from where
-all register tiles of a chunk of tokens read them.
+Where blocks end with units, the products of a panel go unit by unit: its weights become bytes in the first-level cache, and all
+register tiles of a chunk of tokens read them there.
 """
 
 import numpy as np
@@ -36,9 +36,9 @@ def _decode(kind, table, data, at, pairs, target):
 def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, groups, where, rows, scales, out, ask, largest):
     """Some register tiles of 2 x 16 rows for a unit of ``groups`` groups: rows ``where`` … of the activations; totals[out …].
 
-    weights, lines: addresses of the first tile's weights and factors, of which the second tile's lie ``apart`` and ``lines_apart``
-    bytes behind; next_pair: bytes from pair to pair. ``ask``: address and number of the cache lines to fetch meanwhile, and as many of the
-    second tile.
+    weights, lines: addresses of the first tile's weights and factors; those of the second tile lie ``apart`` and ``lines_apart``
+    bytes behind. next_pair: bytes from pair to pair. ``ask``: address and number of the cache lines to fetch meanwhile of the
+    first tile; as many of the second.
     """
     _, _, _, per_block, x, x_scales, corrections, _, totals = given
     first = simd.multiply(simd.load(float32_at(scales), 0), simd.splat(FIXED))
@@ -88,7 +88,7 @@ def wide_panel(kind, given, at, tile_bytes, base, rows, row_scales, following, s
 
     ``scratch``: address of SCRATCH_BYTES.
     """
-    data, table, groups, per_block, _, _, _, capacity, _ = given
+    data, table, groups, _, _, _, _, capacity, _ = given
     plain, zeros = coded.decoded(kind), simd.tile_zeros(TOKENS, 2)
     size = (PAIRS * coded.vectors_of(kind) + PAIRS // coded.line_pairs_of(kind)) * coded.BYTES
     origin = coded.address_of(data)

@@ -76,7 +76,8 @@ def _totals(kind, part, panel, count, activation, first, rows, totals, following
     """int64 totals [count, rows, 32] of some panels of one part for rows first … of the activations, of which count * rows are at
     most CHUNK.
 
-    ``following``: address of the weights that are read next; ``decoded``: of scratch for weights. Returns whether a block was out of range.
+    Addresses: ``following`` of the weights that are read next, ``decoded`` of scratch for weights. Returns whether a block was
+    out of range.
     """
 
 
