@@ -192,26 +192,48 @@ def finish_head(target, row, head, head_dim, chain):
 
 
 @njit(cache=True)
+def _first_block(position, window):
+    """The first attention block of which a query at ``position`` sees something."""
+    return max(0, position + 1 - window) // ATTENTION_BLOCK if window > 0 else 0
+
+
+@njit(cache=True)
+def _next_task(op, run, kv_head, sequence, last_block, first_block, last_page):
+    """What is read behind a run's last block: the KV head, how many pages on, and the last page there, as the run's page table
+    counts them. It is the run's first block for the next KV head, or that of the next run (tables of sequences are one array)."""
+    if kv_head + 1 < op.kv_heads:
+        return kv_head + 1, (first_block - last_block) * PAGES, last_page
+    if run + 1 == int64_at(op.run_count)[0]:
+        return kv_head, np.int64(0), last_page
+    row, rows = int32_at(op.runs)[2 * run + 2], int32_at(op.runs)[2 * run + 3]
+    position, tables = int32_at(op.positions)[row], (int32_at(op.sequences)[row] - sequence) * op.pages_stride
+    further = tables + (_first_block(position, op.window) - last_block) * PAGES
+    return 0, further, tables + (position + rows - 1) // PAGE
+
+
+@njit(cache=True)
 def _run(op, keys, values, target, run, kv_head, scratch):
     """All query heads of one KV head for one run; returns a kernel status."""
     row, rows, head = int32_at(op.runs)[2 * run], int32_at(op.runs)[2 * run + 1], int32_at(op.head_starts)[kv_head]
     heads, position, head_dim = int32_at(op.head_starts)[kv_head + 1] - head, int32_at(op.positions)[row], op.head_dim
     if heads == 0:
         return OK
-    first = max(0, position + 1 - op.window) // ATTENTION_BLOCK if op.window > 0 else 0
+    first, sequence = _first_block(position, op.window), int32_at(op.sequences)[row]
     blocks = (position + rows - 1) // ATTENTION_BLOCK + 1 - first
     count, width = rows * heads, (head_dim + LANES - 1) // LANES * LANES
     queries, maxima, sums, totals, largest, chains, _ = places(blocks, head_dim, count)
     gather(op.q + 4 * (row * op.q_stride + head * head_dim), op.q_stride, rows, heads, head_dim, scratch + queries)
-    table = int32_at(op.pages + 4 * int32_at(op.sequences)[row] * op.pages_stride)
-    own, following = shifted(keys, kv_head * head_dim * PAGE), shifted(keys, (kv_head + 1) * head_dim * PAGE)
+    table, last_page = int32_at(op.pages + 4 * sequence * op.pages_stride), (position + rows - 1) // PAGE
+    own = shifted(keys, kv_head * head_dim * PAGE)
     pools = own, op.kv_heads * head_dim * PAGE, shifted(values, kv_head * width * PAGE), op.kv_heads * width * PAGE
     for b in range(blocks):
-        # What comes next: the keys of the next block, or of the first one for the next KV head.
-        next_keys, further = (own, PAGES) if b + 1 < blocks else (following, (1 - blocks) * PAGES)
-        attend_block(op, kv_head, pools, table, (next_keys, further, (position + rows - 1) // PAGE), position, rows, heads, width,
-               first + b, scratch + queries, scratch, scratch + maxima + 4 * b * count, scratch + sums + 4 * b * count,
-               scratch + chains + 4 * b * count * width)
+        # What comes next: the keys of the next block, or of the next task's first one.
+        ahead = own, np.int64(PAGES), last_page
+        if b + 1 == blocks:
+            head_then, further, furthest = _next_task(op, run, kv_head, sequence, first + b, first, last_page)
+            ahead = shifted(keys, head_then * head_dim * PAGE), further, furthest
+        attend_block(op, kv_head, pools, table, ahead, position, rows, heads, width, first + b, scratch + queries, scratch,
+                     scratch + maxima + 4 * b * count, scratch + sums + 4 * b * count, scratch + chains + 4 * b * count * width)
     weights, total = float32_at(scratch + maxima), int64_at(scratch + totals)
     _weigh_blocks(weights, float32_at(scratch + sums), blocks, count, float32_at(scratch + largest), total)
     status = OK

@@ -5,7 +5,7 @@ capacity, 8]; tokens of a unit are neighbours in the caches. Totals are int64 [p
 of rint(block value * 2**32).
 
 Weights are decoded in registers, in the order in which they stream from memory, anew for each register tile: one lookup serves
-the dot products of all its tokens, and nothing is written back.
+the dot products of all its tokens, and nothing is written back. For many tokens ``panels_wide`` decodes them once.
 """
 
 import numpy as np
@@ -16,6 +16,7 @@ from . import simd, target
 from . import simd_int8 as int8
 from . import simd_weights as coded
 from .memory import float32_at
+from .panels_wide import TOKENS, wide_panel
 
 LANES = simd.LANES
 WIDTH = 2 * LANES               # rows of a panel
@@ -25,6 +26,7 @@ UNIT_BYTES = UNIT * GROUP
 # rows, which share the loads of activations (0: not worth it), and with one.
 PAIR, SINGLE = {512: (6, 4), 256: (0, 4)}.get(target.vector_bits(), (0, 2))
 WIDE = PAIR or SINGLE           # tokens from which on arithmetic takes longer than reading weights
+WIDE_FROM = 2 * TOKENS          # tokens from which on weights are decoded once for all
 AHEAD_ONE, AHEAD_MANY = 7680, 12288             # bytes to prefetch ahead of the weights in use
 AHEAD_BETWEEN = 1024                            # and how many more before something else than multiplying is done
 
@@ -95,15 +97,19 @@ def units_of(per_block):
 
 
 @njit(cache=True)
-def integer_panels(kind, given, at, tile_bytes, count, base, rows, row_scales, following, largest):
+def integer_panels(kind, given, at, tile_bytes, count, base, rows, row_scales, following, scratch, largest):
     """``count`` tiles of 16 rows, whose weights start at data[at], for rows base … of the activations; added to ``totals``.
 
     ``given``: data; table, groups and groups of a block of the weights; x, x_scales, corrections and capacity; totals [panels,
-    rows, 32]. ``row_scales``: an address. ``following``: where in ``data`` those weights lie that are read next.
+    rows, 32]. ``row_scales``: an address. ``following``: where in ``data`` those weights lie that are read next;
+    ``scratch``: address of SCRATCH_BYTES of ``panels_wide``.
     """
     # Not a bare 0: Numba would compile a register tile for a literal first, and then again.
     done, size = np.int64(0), rows * WIDTH
-    if PAIR and count == 2:
+    if PAIR and count == 2 and rows >= WIDE_FROM and UNIT % given[3] == 0:
+        done = rows // TOKENS * TOKENS
+        largest = wide_panel(kind, given, at, tile_bytes, base, done, row_scales, following, scratch, largest)
+    elif PAIR and count == 2:
         end = at + tile_bytes
         while done + PAIR <= rows:
             largest = _register_tile(kind, simd.tile_zeros(PAIR, 2), given, at, tile_bytes, base + done, float32_at(row_scales),

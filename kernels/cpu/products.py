@@ -11,7 +11,7 @@ from numba import carray, njit
 from numba.extending import intrinsic, overload
 
 from ..numerics import BLOCK_LIMIT, FIXED, OUT_OF_RANGE, OUTPUT_LIMIT, UNFIXED
-from . import simd
+from . import panels_wide, simd
 from . import simd_int8 as int8
 from . import simd_weights as coded
 from .activations import activation_at
@@ -33,7 +33,7 @@ from .places import cache_sizes
 from .team import SCRATCH, TILED, begin, chunk, member_words, work_at
 
 FLOAT, ADD, SUMS, GATED = range(4)
-CHUNK = 48                      # tokens that are multiplied at a time
+CHUNK = 66                      # tokens that are multiplied at a time
 BATCH = 8                       # panels that few tokens are multiplied with before anything is done with the totals
 LIMIT_BITS, OUTPUT_BITS = (BLOCK_LIMIT * FIXED).view(np.int32), OUTPUT_LIMIT.view(np.int32)
 
@@ -56,8 +56,8 @@ def product_at(typing_context, where):
 
 
 def scratch_bytes() -> int:
-    """Scratch that a thread needs: the totals of two panels."""
-    return 2 * CHUNK * WIDTH * 8
+    """Scratch that a thread needs: the totals of two panels, and weights that were decoded."""
+    return 2 * CHUNK * WIDTH * 8 + panels_wide.SCRATCH_BYTES
 
 
 @cache
@@ -72,31 +72,32 @@ def _clear(totals, count):
         totals[i] = 0
 
 
-def _totals(kind, part, panel, count, activation, first, rows, totals, following):
+def _totals(kind, part, panel, count, activation, first, rows, totals, following, decoded):
     """int64 totals [count, rows, 32] of some panels of one part for rows first … of the activations, of which count * rows are at
     most CHUNK.
 
-    ``following``: address of the weights that are read next. Returns whether a block was out of range.
+    Addresses: ``following`` of the weights that are read next, ``decoded`` of scratch for weights. Returns whether a block was
+    out of range.
     """
 
 
 @overload(_totals)
-def _totals_of_kind(kind, part, panel, count, activation, first, rows, totals, following):
+def _totals_of_kind(kind, part, panel, count, activation, first, rows, totals, following, decoded):
     if isinstance(kind, coded.Kind):
-        return lambda kind, part, panel, count, activation, first, rows, totals, following: _integer_totals(
-            kind, part, panel, count, activation, first, rows, totals, following)
-    return lambda kind, part, panel, count, activation, first, rows, totals, following: _float_totals(
+        return lambda kind, part, panel, count, activation, first, rows, totals, following, decoded: _integer_totals(
+            kind, part, panel, count, activation, first, rows, totals, following, decoded)
+    return lambda kind, part, panel, count, activation, first, rows, totals, following, decoded: _float_totals(
         kind, part, panel, count, activation, first, rows, totals)
 
 
 @njit(cache=True)
-def _integer_totals(kind, part, panel, count, activation, first, rows, totals, following):
+def _integer_totals(kind, part, panel, count, activation, first, rows, totals, following, decoded):
     _clear(int64_at(totals), count * rows * WIDTH)
     given = (int8_at(part.data), coded.load_table(kind, int8_at(part.table)), part.groups, part.per_block, int8_at(activation.x),
              float32_at(activation.scales), int32_at(activation.corrections), activation.capacity, int64_at(totals))
     tiles = min(2 * count, (part.rows + LANES - 1) // LANES - 2 * panel)
     largest = integer_panels(kind, given, panel * part.panel_bytes, part.tile_bytes, tiles, first, rows,
-                             part.row_scales + 4 * panel * WIDTH, following - part.data, int8.no_bits())
+                             part.row_scales + 4 * panel * WIDTH, following - part.data, decoded, int8.no_bits())
     return not int8.all_below(largest, LIMIT_BITS)
 
 
@@ -240,7 +241,7 @@ def _panels(kind, op, activation, parts, panel, last, first, rows, scratch):
 
     Returns a status with two bits a part (q, k, v, or gate, up and what they gate), and the panel behind them.
     """
-    status, number, local, size = 0, 0, panel, rows * WIDTH * 8
+    status, number, local, size, decoded = 0, 0, panel, rows * WIDTH * 8, scratch + 2 * CHUNK * WIDTH * 8
     while op.mode != GATED and local >= (parts[number].rows + WIDTH - 1) // WIDTH:
         local -= (parts[number].rows + WIDTH - 1) // WIDTH
         number += 1
@@ -251,11 +252,11 @@ def _panels(kind, op, activation, parts, panel, last, first, rows, scratch):
         for i in range(2 * count):
             each, at = i % 2, scratch + i % 2 * CHUNK * WIDTH * 8 + i // 2 * size
             following = _following(op, parts, each, local + i // 2)
-            beyond = _totals(kind, parts[each], local + i // 2, 1, activation, first, rows, at, following)
+            beyond = _totals(kind, parts[each], local + i // 2, 1, activation, first, rows, at, following, decoded)
             status |= OUT_OF_RANGE << (2 * each) if beyond else 0
     else:
         following = _following(op, parts, number, local + count - 1)
-        beyond = _totals(kind, parts[number], local, count, activation, first, rows, scratch, following)
+        beyond = _totals(kind, parts[number], local, count, activation, first, rows, scratch, following, decoded)
         status = OUT_OF_RANGE << (2 * number) if beyond else 0
     if rows < WIDE:
         _ask_for(following + AHEAD_ONE)

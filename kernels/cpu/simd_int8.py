@@ -29,7 +29,16 @@ from .simd import (
     vector,
 )
 from .simd_dots import BYTES, _joined, _vectors
-from .simd_weights import PAIR_ORDER, STEPS, step_weights, table_type, table_vectors
+from .simd_weights import (
+    PAIR_ORDER,
+    STEPS,
+    bytes64,
+    factors_or_indices,
+    scaled_factors,
+    step_weights,
+    table_type,
+    table_vectors,
+)
 
 UNIT = 8                        # groups whose activations lie together
 
@@ -122,6 +131,30 @@ def _four(context, builder, x, values, offset, stride, token):
     four = builder.load(builder.bitcast(pointer, _I32.as_pointer()))
     four.align = 4
     return four
+
+
+@intrinsic
+def tile_fma_indexed(typing_context, kind, tile, counts, first, second, half, scales, offset, stride):
+    """tile[t] = fma(float32(counts[t]), factors * scales[offset + t * stride], tile[t]) for every token t.
+
+    ``first``, ``second``: lines of factors of the first and the second sixteen rows; ``half``, a literal, chooses the group of
+    the pair. Indices choose among the sixteen products of factors and scale: a permutation takes no multiplier's time.
+    """
+    if not isinstance(half, types.IntegerLiteral):
+        return None
+    group = half.literal_value
+    def codegen(context, builder, signature, arguments):
+        _, result, counts, *lines, _, values, offset, stride = arguments
+        chosen = [factors_or_indices(builder, kind, line, group) for line in lines[: tile.tiles]]
+        for t in range(tile.tokens):
+            scale = _splat(builder, builder.load(_element(context, builder, scales, values, offset, stride, t)))
+            products = scaled_factors(builder, kind, scale, chosen)
+            for v, product in enumerate(products, t * tile.tiles):
+                dots = builder.sitofp(builder.extract_value(counts, v), _VF)
+                chain = _fma(builder, dots, product, builder.extract_value(result, v))
+                result = builder.insert_value(result, chain, v)
+        return result
+    return tile(kind, tile, counts, bytes64, bytes64, half, scales, types.intp, types.intp), codegen
 
 
 @intrinsic

@@ -249,6 +249,65 @@ def prefetch_to_read(typing_context, array, index):
 
 
 @intrinsic
+def raw_at(typing_context, kind, array, index):
+    """The weights of a pair of groups at array[index], which are not codes; int8, an address that is a multiple of 64."""
+    raw = Raw(kind)
+    def codegen(context, builder, signature, arguments):
+        return _pointer(context, builder, array, *arguments[1:])
+    return raw(kind, array, types.intp), codegen
+
+
+@intrinsic
+def looked_up(typing_context, kind):
+    """Whether weights are codes."""
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(ir.IntType(1), int(kind.layout == "codes"))
+    return types.boolean(kind), codegen
+
+
+@intrinsic
+def decoded(typing_context, kind):
+    """The Kind of weights that have been looked up."""
+    result = KINDS["bytes"] if kind.layout == "codes" else kind
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(_I8, 0)
+    return result(kind), codegen
+
+
+@intrinsic
+def decode_pair(typing_context, kind, table, array, index, target, place):
+    """target[place : place + 1024], int8, a multiple of 64: a pair of groups of codes at array[index] as ``bytes``."""
+    def codegen(context, builder, signature, arguments):
+        _, table, array_value, index, target_value, place = arguments
+        if kind.layout != "codes":
+            return context.get_dummy_value()
+        raw, chosen = _pointer(context, builder, array, array_value, index), table_vectors(builder, table)
+        for step in range(2 * STEPS):
+            half, number, odd = step // STEPS, step % STEPS // 2, step % 2
+            (weights,) = step_weights(builder, kind, raw, chosen, half, ir.Constant(_I64, number), odd, None)
+            where = _pointer(context, builder, target, target_value, builder.add(place, ir.Constant(_I64, step * BYTES)))
+            builder.store(weights, builder.bitcast(where, _VB.as_pointer())).align = BYTES
+        return context.get_dummy_value()
+    return types.void(kind, table, array, types.intp, target, types.intp), codegen
+
+
+@intrinsic
+def no_table(typing_context):
+    """A codebook for weights that need none."""
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(context.get_value_type(table_type), ir.Undefined)
+    return table_type(), codegen
+
+
+@intrinsic
+def address_of(typing_context, pointer):
+    """Where a pointer points to."""
+    def codegen(context, builder, signature, arguments):
+        return builder.ptrtoint(arguments[0], _I64)
+    return types.intp(pointer), codegen
+
+
+@intrinsic
 def load_table(typing_context, kind, array):
     """The codebook in int8 [256]; nothing for other kinds than ``codes``."""
     def codegen(context, builder, signature, arguments):
@@ -319,22 +378,39 @@ def factors_of(typing_context, kind, line, half):
         return None
     group = half.literal_value
     def codegen(context, builder, signature, arguments):
-        line = arguments[1]
-        if kind.indexed:
-            words = builder.bitcast(line, _V32)
-            return _choose(builder, builder.lshr(words, _constant(_V32, 4 * group)) if group else words)
-        halves = _vectors(builder, builder.bitcast(line, ir.VectorType(_I16, 32)), ir.VectorType(_I16, 32), 2)[group]
-        if target.converts_halves():
-            return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), _VF)
-        return _half_to_float(builder, builder.bitcast(halves, _V16))
+        chosen = factors_or_indices(builder, kind, arguments[1], group)
+        return _choose(builder, chosen) if kind.indexed else chosen
     return vector(kind, bytes64, half), codegen
+
+
+def factors_or_indices(builder, kind, line, group):
+    """Factors of 16 rows of one group of a pair; of indices the words whose lowest four bits they are."""
+    if kind.indexed:
+        words = builder.bitcast(line, _V32)
+        return builder.lshr(words, _constant(_V32, 4 * group)) if group else words
+    halves = _vectors(builder, builder.bitcast(line, ir.VectorType(_I16, 32)), ir.VectorType(_I16, 32), 2)[group]
+    if target.converts_halves():
+        return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), _VF)
+    return _half_to_float(builder, builder.bitcast(halves, _V16))
+
+
+def scaled_factors(builder, kind, scale, chosen):
+    """Products of a scale with the factors of each of some tiles, as ``factors_or_indices`` gives them."""
+    if not kind.indexed:
+        return [builder.fmul(factors, scale) for factors in chosen]
+    products = builder.fmul(ir.Constant(_VF, FACTORS.tolist()), scale)
+    return [_permuted(builder, products, words) for words in chosen]
+
+
+def _permuted(builder, sixteen, words):
+    """sixteen[the lowest four bits of each lane]."""
+    return builder.call(_declare(builder, "llvm.x86.avx512.permvar.sf.512", _VF, [_VF, _V32]), [sixteen, words])
 
 
 def _choose(builder, words):
     """FACTORS[the lowest four bits of each lane]."""
     if target.vector_bits() == 512:
-        table = ir.Constant(_VF, FACTORS.tolist())
-        return builder.call(_declare(builder, "llvm.x86.avx512.permvar.sf.512", _VF, [_VF, _V32]), [table, words])
+        return _permuted(builder, ir.Constant(_VF, FACTORS.tolist()), words)
     if target.vector_bits() == 256:
         eight, index = ir.VectorType(_F32, 8), ir.VectorType(_I32, 8)
         function = _declare(builder, "llvm.x86.avx2.permps", eight, [eight, index])

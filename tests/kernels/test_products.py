@@ -21,8 +21,8 @@ from llama_hpc.kernels.numerics import NOT_FINITE, OK, OUT_OF_RANGE
 # are multiplied before their totals are finished.
 SHAPES = [(35, 8, 8), (16, 12, 256), (17, 48, 48), (33, 172, 32), (1, 172, 64), (15, 288, 256), (40, 576, 48), (70, 576, 256),
           (64, 1536, 64), (33, 320, 80), (50, 700, 160), (600, 40, 32)]
-# Every mixture of register tiles, and one or two chunks of 48.
-TOKENS = (*range(1, 10), 13, 33, 49)
+# Every mixture of register tiles, and one or two chunks of 66.
+TOKENS = (*range(1, 10), 13, 33, 67)
 
 
 def make(weights_format, n, k, block, size=0.1):
@@ -67,12 +67,12 @@ def test_bits_of_the_reference(n, k, block, weights_format):
 def test_schedules_change_nothing(schedule, weights_format):
     n, k, block = 330, 96, 32
     part, held = make(weights_format, n, k, block)
-    x = activations(53, k)
+    x = activations(71, k)
     expected = reference.matmul(x, part, block)[1]
     small, whole = WorkDistribution(schedule, 32, 64), WorkDistribution(schedule, 1, 4096, 1, tile_rows=64, tile_tokens=8)
     for threads in (1, 2, 3, 8):
         for work in (small, whole):
-            for tokens in (1, 5, 53):
+            for tokens in (1, 5, 71):
                 status, sums = sums_of(x[:tokens], held, threads, work)
                 assert status == OK
                 assert_same(sums, expected[:tokens])
@@ -255,7 +255,7 @@ def test_parts_of_one_product(biased, weights_format):
     k, widths, room = 172, (330, 32, 17), (340, 32, 17)
     made = [make(weights_format, n, k, 64) for n in widths]
     biases = [normal(n, n) if biased else None for n in widths]
-    for tokens in (1, 3, 11, 50):
+    for tokens in (1, 3, 11, 68):
         x = normal((tokens, k), 2)
         expected = [expected_outputs(x, part, 64, bias) for (part, _), bias in zip(made, biases, strict=True)]
         for mode, threads in ((products.FLOAT, 1), (products.FLOAT, 3), (products.ADD, 2)):
@@ -297,7 +297,7 @@ def test_gate_and_up_fused(biased, n, block, weights_format):
     for held, part in zip(pair, (gate, up), strict=True):
         weights.fill(held, 0, part)
     biases = (normal(n, 7), normal(n, 8)) if biased else (None, None)
-    for tokens, threads, held in ((1, 1, pair), (5, 1, pair), (9, 2, pair), (9, 1, (held_gate, held_up)), (50, 1, pair)):
+    for tokens, threads, held in ((1, 1, pair), (5, 1, pair), (9, 2, pair), (9, 1, (held_gate, held_up)), (68, 1, pair)):
         x = normal((tokens, k), 2)
         values = [expected_outputs(x, part, 64, bias) for part, bias in zip((gate, up), biases, strict=True)]
         expected = reference.silu_multiply(*values)
