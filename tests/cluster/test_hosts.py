@@ -9,6 +9,7 @@ import pytest
 
 from llama_hpc.results import read_results
 
+FAILING = mpi_jobs.ROOT / "tests/cli/failing_rank.py"
 GRIDS = ("2x1x1", "1x2x1", "1x1x2")
 
 
@@ -43,3 +44,16 @@ def test_how_hosts_worked_together(outputs):
         assert {rank["reduce"] for rank in ranks} == {"mpi"} and min(rank["reductions"] for rank in ranks) > 0
     with read_results(outputs["1x2x1"]) as results:
         assert results.provenance["rank_table"][0]["bytes_sent"] > 0
+
+
+@pytest.mark.parametrize("grid, spares, slots, lost", [("1x2x1", 1, 1, 1), ("2x1x2", 0, 2, 0)])
+def test_ranks_of_another_host_go_on(hosts, ssh_user, work, tmp_path, grid, spares, slots, lost):
+    """A stage that dies is replaced by a spare on a third host; half of a replica that dies leaves the one on the other host."""
+    output, prompts, listed = tmp_path / "out.h5", tmp_path / "prompts.jsonl", tmp_path / "hosts"
+    work.write_prompts(prompts)
+    listed.write_text("".join(f"n{i} slots={slots}\n" for i in (1, 2, 3)))
+    launcher = [Path(sys.executable).parent / "mpirun", "--with-ft", "ulfm", "--hostfile", listed, "-n", 4 if slots == 2 else 3]
+    hosts["login"].run(*launcher, sys.executable, FAILING, "killed later", lost, "run", work.model, "--prompts", prompts,
+                       "--output", output, "--grid", grid, "--spares", spares, *work.options, env=ssh_user, timeout=120)
+    facts = work.check(output)
+    assert facts["incidents"]["ranks_lost"] == 1
