@@ -185,6 +185,7 @@ def end_at_once(error: LlamaHpcError) -> None:
     _print(error, _here())
     # If MPI does not come back from ending the job, perhaps with the interpreter's lock.
     faulthandler.dump_traceback_later(_LAST, exit=True, file=open(os.devnull, "w"))     # noqa: SIM115
+    log.keep_failure(error)
     MPI = started_mpi()
     if MPI is not None and MPI.COMM_WORLD.size > 1:
         MPI.COMM_WORLD.Abort(error.exit_code)

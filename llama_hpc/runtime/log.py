@@ -113,5 +113,9 @@ def keep_failure(error: BaseException) -> None:
     details = type(error), error, error.__traceback__
     record = _LOGGER.makeRecord(_LOGGER.name, logging.ERROR, __file__, 0, "%s", (error,), details)
     for handler in _LOGGER.handlers:
-        if isinstance(handler, _RankFile):
-            handler.handle(record)
+        # Another thread may hang while it writes a line.
+        if isinstance(handler, _RankFile) and handler.lock.acquire(timeout=1):
+            try:
+                handler.emit(record)
+            finally:
+                handler.lock.release()

@@ -51,7 +51,7 @@ FAULTS = {
     "memory": (KVCache, "__init__", 2, raising(MemoryError())),
     "bug": (*STEP, raising(ValueError("an odd value"))),
     "disk full": (os, "replace", 2, raising(OSError(errno.ENOSPC, "No space left on device"))),
-    "a write": (PartWriter, "_write", 2, raising(OSError(errno.EIO, "Input/output error"))),
+    "a write": (PartWriter, "_write", 1, raising(OSError(errno.EIO, "Input/output error"))),
     "killed": (*STEP, KILLED),
     "killed later": (TransformerStage, "forward", 40, KILLED),
     "killed at start": (Survivors, "introduce", 1, KILLED),

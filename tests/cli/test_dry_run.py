@@ -1,17 +1,16 @@
 """llama-hpc run --dry-run: what a run would check, need and do, without reading weights or leaving anything behind."""
 
 import json
-import logging
 import re
 
 import pytest
+from damaged_models import Models
 from reference_models import prompt, write_checkpoint
 
-from llama_hpc.cli.main import main
 from llama_hpc.results import read_results
-from llama_hpc.results.parts import ProgressFolder
+from llama_hpc.results.parts import VERSION, ProgressFolder
+from llama_hpc.results.records import framed, output_record
 from llama_hpc.runtime.tables import size
-from llama_hpc.weights.checkpoint import Checkpoint
 
 CASE = "llama_odd"              # 4 layers, 8 heads, 4 KV heads, context 256
 
@@ -22,16 +21,12 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder with prompts; logging is as before afterwards."""
-    logger = logging.getLogger("llama_hpc")
-    before = logger.handlers, logger.level, logger.propagate
+def folder(tmp_path):
+    """A folder with prompts."""
     ids = [int(i) for i in prompt(CASE)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"token_ids": ids[: 3 + i], "max_tokens": 8 * (i + 1)}) + "\n"
                                                     for i in range(6)))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    logger.handlers, logger.level, logger.propagate = before
+    return tmp_path
 
 
 def arguments(model, *options):
@@ -49,14 +44,18 @@ def parsed(text):
     return facts, lines[grid], rows, lines[end:]
 
 
-def dry_run(capsys, model, *options):
-    assert main(arguments(model, "--dry-run", *options)) == 0
-    return parsed(capsys.readouterr().out)
+@pytest.fixture
+def dry_run(command, folder):
+    """The function that tries a run with some options on one rank, and returns what ``parsed`` finds."""
+    def run(model, *options):
+        job = command(1, arguments(model, "--dry-run", *options), cwd=folder)
+        assert job.returncode == 0, job.stderr
+        return parsed(job.stdout)
+    return run
 
 
-def test_any_number_of_ranks_on_a_login_node(capsys, folder, model, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("weights are read"))
-    facts, grid, rows, rest = dry_run(capsys, model, "--ranks", 6, "--grid", "2x3x1", "--memory", "1G", "--max-seqs", 4)
+def test_any_number_of_ranks_on_a_login_node(dry_run, folder, model):
+    facts, grid, rows, rest = dry_run(model, "--ranks", 6, "--grid", "2x3x1", "--memory", "1G", "--max-seqs", 4)
     assert facts["prompts"] == "prompts.jsonl: 6 prompts of 3 to 8 tokens, 6 answers of up to 48"
     assert facts["output"] == "out.h5 can be written" and facts["progress"] == "nothing to go on with: the job begins"
     assert facts["layers"] == "4" and facts["sequences"].startswith("3 at a time in a replica, of up to 56 tokens")
@@ -66,8 +65,8 @@ def test_any_number_of_ranks_on_a_login_node(capsys, folder, model, monkeypatch)
     assert [row["stage"] for row in rows] == ["0", "1", "2"] and [row["layers"] for row in rows] == ["0-0", "1-2", "3-3"]
     assert "6 ranks are assumed; under mpirun or srun a dry run also checks where they are" in rest
     # Without a grid, memory decides; with a grid alone, it tells the ranks.
-    assert dry_run(capsys, model, "--ranks", 5, "--memory", "1G")[1].startswith("grid 5x1x1")
-    assert len(dry_run(capsys, model, "--grid", "3x1x4")[2]) == 4
+    assert dry_run(model, "--ranks", 5, "--memory", "1G")[1].startswith("grid 5x1x1")
+    assert len(dry_run(model, "--grid", "3x1x4")[2]) == 4
     assert [path.name for path in folder.iterdir()] == ["prompts.jsonl"], "nothing is left behind"
 
 
@@ -97,25 +96,38 @@ def _bytes(row):
     return float(number) * {"KiB": 1 << 10, "MiB": 1 << 20}[unit] - 5000
 
 
-def test_what_a_resumed_job_would_find(mpirun, command, capsys, folder, model):
+def test_no_weight_is_read(command, dry_run, folder):
+    """A model that no run can load."""
+    model = Models(folder / "models")["nan_row_parallel"]
+    (folder / "prompts.jsonl").write_text('{"token_ids": [1, 2, 3]}\n')
+    assert dry_run(model)[0]["model"] == str(model)
+    job = command(1, arguments(model), cwd=folder)
+    assert job.returncode == 1 and "NaN" in job.stderr
+
+
+def test_what_a_resumed_job_would_find(command, dry_run, folder, model):
     """And nothing of it is touched."""
-    assert mpirun(1, ["-m", "llama_hpc", *arguments(model, "--time-limit", "0.001")], cwd=folder).returncode == 0
-    (folder / "out.h5").unlink()
+    assert command(1, arguments(model), cwd=folder).returncode == 0
+    with read_results(folder / "out.h5") as results:
+        header = {"version": VERSION, "identity": results.provenance["identity"], "replica": 0, "grid": "1x1x1"}
+        records = [framed(header), *map(output_record, results.outputs(0, 2)), b"\x99\0\0\0half"]
+    (folder / "out.h5").rename(folder / "whole.h5")
     progress = ProgressFolder(folder / "out.h5")
-    before = {path: path.read_bytes() for path in progress.path.iterdir()}
-    assert dry_run(capsys, model, "--resume")[0]["progress"] == "0 of 6 answers are there, of 1 runs: the job goes on"
-    assert dry_run(capsys, model, "--overwrite")[0]["progress"].startswith("that of an unfinished run is given up")
+    progress.path.mkdir()
+    progress.part(0, 0).write_bytes(b"".join(records))
+    assert dry_run(model, "--resume")[0]["progress"] == \
+        "2 of 6 answers are there, of 1 runs, 8 bytes of half written ones are cut off: the job goes on"
+    assert dry_run(model, "--overwrite")[0]["progress"].startswith("that of an unfinished run is given up")
+    assert [path.name for path in progress.path.iterdir()] == ["part-0-0.log"]
+    assert progress.part(0, 0).read_bytes() == b"".join(records)
     progress.lock({"process": 7}, 0)
-    assert main(arguments(model, "--dry-run", "--resume")) == 1
-    assert "out.h5 is being written by process 7: wait for its end" in capsys.readouterr().err
+    job = command(1, arguments(model, "--dry-run", "--resume"), cwd=folder)
+    assert job.returncode == 1 and "out.h5 is being written by process 7: wait for its end" in job.stderr
     progress.release()
-    assert {path: data for path, data in before.items() if path.name != "lock"} == \
-        {path: path.read_bytes() for path in progress.path.iterdir() if path.name != "lock"}
-    assert command(3, arguments(model, "--resume"), cwd=folder).returncode == 0
-    assert main(arguments(model, "--dry-run", "--resume")) == 0
-    shown = capsys.readouterr()
-    assert "complete: nothing is left to do" in shown.out and "out.h5 is complete already: 6 answers" in shown.err
-    assert dry_run(capsys, model, "--overwrite")[0]["output"] == "out.h5 can be written, which is replaced"
+    (folder / "whole.h5").rename(folder / "out.h5")
+    job = command(1, arguments(model, "--dry-run", "--resume"), cwd=folder)
+    assert "complete: nothing is left to do" in job.stdout and "out.h5 is complete already: 6 answers" in job.stderr
+    assert dry_run(model, "--overwrite")[0]["output"] == "out.h5 can be written, which is replaced"
 
 
 REFUSED = {
@@ -133,15 +145,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_errors_are_those_of_the_run(capsys, folder, model, case):
+def test_errors_are_those_of_the_run(command, folder, model, case):
     """The same line and the same exit code."""
     begun = ProgressFolder(folder / "begun.h5")
     begun.path.mkdir()
-    begun.part(0, 0).touch()
+    begun.part(0, 0).write_bytes(framed({}) + framed({}))
     said = []
     for dry in (["--dry-run"], []):
-        code = main(arguments(model, *REFUSED[case], *dry))
-        said.append((code, capsys.readouterr().err.splitlines()[-1]))
+        job = command(1, arguments(model, *REFUSED[case], *dry), cwd=folder)
+        said.append((job.returncode, job.stderr.splitlines()[-1]))
     assert said[0] == said[1] and said[0][0] in (1, 2) and said[0][1].startswith("llama-hpc: error: ")
 
 
