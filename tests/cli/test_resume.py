@@ -29,10 +29,19 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def slow_prompts(tmp_path_factory):
+    """The same, for a job that takes seconds on any machine: they arrive one after the other."""
+    return write_prompts(tmp_path_factory.mktemp("slow") / "prompts.jsonl", pace=0.2)
+
+
+def write_prompts(path, pace=0.0):
     ids = [int(i) for i in prompt(CASE)]
     entries = [{"token_ids": ids[i % 7 : i % 7 + 3 + i % 5], "max_tokens": 20 + 30 * (i % 4), "n": 1 + (i % 6 == 0),
-                "temperature": 0.8, "seed": i} for i in range(COUNT)]
+                "temperature": 0.8, "seed": i} | ({"arrival_s": pace * i} if pace else {}) for i in range(COUNT)]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path
 
@@ -180,9 +189,10 @@ def signalled(ranks, argv, folder, number, to=0, seconds=60):
 
 @pytest.mark.parametrize("grid, to, number", [("1x1x1", 0, signal.SIGTERM), ("3x1x1", 2, signal.SIGUSR1),
                                               ("1x3x1", 0, signal.SIGINT), ("2x1x2", 3, signal.SIGUSR1)])
-def test_a_signal_to_any_rank_ends_all_with_what_is_finished(command, model, prompts, undisturbed, tmp_path, grid, to, number):
+def test_a_signal_to_any_rank_ends_all_with_what_is_finished(command, model, prompts, slow_prompts, undisturbed, tmp_path, grid,
+                                                             to, number):
     output, ranks = tmp_path / "out.h5", eval(grid.replace("x", "*"))
-    code, said = signalled(ranks, arguments(model, prompts, output, "--grid", grid), ProgressFolder(output), number, to)
+    code, said = signalled(ranks, arguments(model, slow_prompts, output, "--grid", grid), ProgressFolder(output), number, to)
     assert code == 0, said
     with read_results(output) as results:
         count = results.num_outputs
@@ -203,7 +213,7 @@ def catches(pid, number):
 def test_a_signal_while_the_job_starts_is_an_orderly_end_too(mpirun, model, prompts, undisturbed, tmp_path):
     """A job may be preempted before it has looked at its prompts. What a launcher repeats does not make that a failure."""
     output = tmp_path / "out.h5"
-    command = [sys.executable, *map(str, arguments(model, prompts, output, "--resume"))]
+    command = [sys.executable, "-m", "llama_hpc", *map(str, arguments(model, prompts, output, "--resume"))]
     with subprocess.Popen(command, env=mpi_jobs.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True) as job:
         while not catches(job.pid, signal.SIGTERM):
@@ -216,7 +226,7 @@ def test_a_signal_while_the_job_starts_is_an_orderly_end_too(mpirun, model, prom
     shown = subprocess.run([sys.executable, "-m", "llama_hpc", "show", "--status", output], env=mpi_jobs.environment(),
                            capture_output=True, text=True)
     assert shown.stdout == "incomplete\n"
-    job = mpirun(1, arguments(model, prompts, output, "--resume"))
+    job = mpirun(1, ["-m", "llama_hpc", *arguments(model, prompts, output, "--resume")])
     assert job.returncode == 0, job.stderr
     with read_results(output) as results:
         assert results.status == "complete" and results.digest == undisturbed
