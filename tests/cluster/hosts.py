@@ -8,18 +8,33 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
+import mpi_jobs
 import psutil
+
+from llama_hpc.runtime import numba_setup
 
 NEEDED = ("unshare", "nsenter", "ip")
 _ENTER = "--net --uts --ipc --mount --pid"
+# Where hosts keep what is not for others: MPI's daemons name their files after processes, whose numbers hosts have in common.
+_TEMPORARY = "/var/tmp"
 # The first process of a host adopts what its daemons leave behind: to ignore SIGCHLD is to bury it.
-_FIRST = """
+_FIRST = f"""
 trap '' CHLD
 hostname "$1" && mount -t tmpfs -o size=1G tmpfs /dev/shm && mount --bind "$2" /etc/hosts && mount -t tmpfs tmpfs /run &&
-mkdir /run/sshd && ip link set lo up && echo ready && exec cat
+mkdir /run/sshd && mount -t tmpfs tmpfs {_TEMPORARY} && ip link set lo up && echo ready && exec cat
 """
+
+
+def user_environment() -> dict[str, str]:
+    """The environment of a user of the hosts: llama-hpc of this checkout and mpirun are installed."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
+    return mpi_jobs.environment(env={
+        "PATH": path, "TMPDIR": _TEMPORARY, "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR") or numba_setup.cache_folder(),
+        # mpirun must keep to the slots that SLURM or a file of hosts gives it.
+        "PRTE_MCA_rmaps_default_mapping_policy": None})
 
 
 def missing() -> str:
@@ -77,6 +92,10 @@ class Host(_Namespaces):
         assert not check or program.returncode == 0, f"{command}: exit code {program.returncode}\n{said}"
         return subprocess.CompletedProcess(command, program.returncode, said)
 
+    def kill_everything(self) -> None:
+        """Kills every process on the host; the host itself stays, and its network says so to others."""
+        self.run("sh", "-c", "kill -KILL -1", check=False)
+
     def lose_power(self) -> None:
         """Ends it as a power cut does: nothing that it was doing says goodbye to other hosts."""
         subprocess.run(["nsenter", "-t", str(self._network.pid), "--net", "ip", "link", "del", self.name], check=True)
@@ -122,7 +141,8 @@ class Hosts:
         key = self._folder / "key"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
         (self._folder / "authorized").write_bytes(key.with_suffix(".pub").read_bytes())
-        own = " ".join(f'"{name}={value}"' for name, value in environment.items() if name in ("PATH", "PYTHONPATH"))
+        theirs = ("PATH", "PYTHONPATH", "TMPDIR", "NUMBA_CACHE_DIR")
+        own = " ".join(f'"{name}={environment[name]}"' for name in theirs)
         config = self._folder / "sshd_config"
         config.write_text(f"HostKey {key}\nAuthorizedKeysFile {self._folder}/authorized\nStrictModes no\nPermitRootLogin yes\n"
                           f"UsePAM no\nSetEnv {own}\n")

@@ -14,7 +14,7 @@ GRIDS = ("2x1x1", "1x2x1", "1x1x2")
 
 
 @pytest.fixture(scope="module")
-def outputs(hosts, ssh_user, work, tmp_path_factory):
+def outputs(hosts, ssh_environment, work, tmp_path_factory):
     """Outputs of one job of two hosts, by grid."""
     folder = tmp_path_factory.mktemp("outputs")
     outputs, prompts = {grid: folder / f"{grid}.h5" for grid in GRIDS}, folder / "prompts.jsonl"
@@ -24,7 +24,7 @@ def outputs(hosts, ssh_user, work, tmp_path_factory):
         ["run", str(work.model), "--prompts", str(prompts), "--output", str(output), "--grid", grid, *work.options]
         for grid, output in outputs.items()]))
     hosts["login"].run(Path(sys.executable).parent / "mpirun", "--hostfile", folder / "hosts", "-n", 2, sys.executable, "-c",
-                       mpi_jobs.TOGETHER, folder / "lines.json", env=ssh_user, timeout=300)
+                       mpi_jobs.TOGETHER, folder / "lines.json", env=ssh_environment, timeout=300)
     return outputs
 
 

@@ -18,7 +18,8 @@ PBS = {
     "-j": r"oe|eo|n",
     "-q": r"\w+",
     "-A": r"\w+",
-    "-l": r"select=\d+(:(ncpus|mpiprocs|ompthreads|ngpus|mem)=\w+)*|place=(free|pack|scatter|vscatter)(:\w+)?|walltime=\d+:\d\d:\d\d",
+    "-l": r"select=\d+(:(ncpus|mpiprocs|ompthreads|ngpus|mem)=\w+)*|place=(free|pack|scatter|vscatter)(:\w+)?"
+          r"|walltime=\d+:\d\d:\d\d",
 }
 # flux-batch(1).
 FLUX = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mpi_jobs
 from reference_models import prompt, write_checkpoint
+from slurm_cluster import Slurm
 
 from llama_hpc.results import read_results
 from llama_hpc.results.parts import ProgressFolder
@@ -52,6 +53,37 @@ class Workload:
             assert sum(run["answers"] for run in results.provenance["runs"]) == self.count
             assert not ProgressFolder(output).path.exists()
             return results.provenance
+
+
+class User:
+    """Who submits the job ``work`` to ``slurm``, with ``folder`` for prompts, outputs and logs."""
+
+    def __init__(self, slurm: Slurm, work: Workload, folder: Path):
+        self.slurm, self.work, self.folder, self.prompts = slurm, work, folder, folder / "prompts.jsonl"
+
+    def submit(self, script: str, *sbatch: str, options: tuple = (), output: str = "out.h5", pace: float = 0,
+               **environment: str) -> tuple[str, Path]:
+        """Submits a script of jobs/ with options of sbatch and of llama-hpc run; returns the job's number and its output."""
+        self.work.write_prompts(self.prompts, pace)
+        where = self.work.environment(self.prompts, self.folder / output)
+        job = self.slurm.submit(*sbatch, f"--output={self.folder}/slurm-%A_%a.out", JOBS / script, *self.work.options, *options,
+                                cwd=JOBS.parent, env=where | environment)
+        return job, self.folder / output
+
+    def hurry(self) -> None:
+        """Has all prompts arrive at once in runs that begin from now on."""
+        self.work.write_prompts(self.prompts)
+
+    def status(self, output: Path) -> str:
+        """What a script sees of an output."""
+        return self.slurm.on_login("llama-hpc", "show", "--status", output).stdout.strip()
+
+
+def stopped(output: Path, *reasons: str) -> int:
+    """Asserts that an output has a part of the answers, for one of ``reasons``; returns how many."""
+    with read_results(output) as results:
+        assert results.status == "incomplete" and results.provenance["stopped"] in reasons, results.provenance["stopped"]
+        return results.num_outputs
 
 
 def answers_of(output: Path) -> dict[str, list[int]]:
