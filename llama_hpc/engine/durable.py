@@ -63,7 +63,7 @@ class Durable:
         self.run: int | None = None             # which one this is of the job's runs
         self.writer: PartWriter | None = None
         self._retries = 0                       # of writers that are closed
-        self.complete = False
+        self.complete = self.ours = False       # the output; the folder, which some rank of this job has locked
         self.stop: Stop | None = None           # told when a file system has failed for good
 
     def examine(self, identity: dict[str, Any]) -> Done:
@@ -209,6 +209,6 @@ class Durable:
         """The run has failed. What is finished stays for the next one; where nothing is, nothing is left. Not collective."""
         with suppress(ResultsError):
             self.close()
-        if self.folder.locked or self.run is not None:
+        if self.folder.locked or self.ours:
             self.folder.discard()
         self.folder.release()

@@ -56,6 +56,7 @@ class Job(ModelJob):
     def answer_all(self) -> None:
         """Everything, or what can be done until there is a reason to stop."""
         ready, done, complete = on_first(self.comm, self.read)
+        self.durable.ours = not complete
         if complete:
             return
         crew = self.set_up(ready)

@@ -180,6 +180,7 @@ class SurvivingJob(Job):
         if origins and self._origin is None:
             self._origin = time.monotonic() - (time.time() - origins[0])
         ready, done, self.facts, self.durable.run, complete = on_first(self.comm, self._review, states)
+        self.durable.ours = not complete
         self._ready = ready or self._ready
         if complete:
             return Shift([], None, done, complete=True)

@@ -20,6 +20,9 @@ from llama_hpc.runtime.launch import environment_rank, is_first, let_first_speak
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _LAST = 3                       # seconds that MPI gets to end the job
+_WAIT, _NAP = 1.5, 0.005        # seconds that a rank which has failed waits for the others; between looks
+
+_guarded = False                # whether an error that is not caught ends the job
 
 
 def guarded(function) -> int:
@@ -29,6 +32,8 @@ def guarded(function) -> int:
     (``error.collective``) is printed by the first rank and returned by all, so that MPI ends in order. Any other one
     ends the whole job through MPI_Abort, which does not return. LLAMA_HPC_DEBUG=1 shows tracebacks.
     """
+    global _guarded
+    _guarded = True
     try:
         return function() or 0
     except SystemExit as stop:
@@ -85,7 +90,9 @@ def agreed(comm, what: str):
 
     When the body raised on some rank, every rank raises the error of the lowest one; ``what`` (such as ``reading the
     prompts``) completes errors that are not ours. The body must not communicate over ``comm`` unless it
-    fails on all ranks alike. Costs one Allreduce of one integer when nothing fails.
+    fails on all ranks alike. Costs one Iallreduce of one integer when nothing fails.
+
+    Under ``guarded`` a rank that fails does not wait for ranks that are long about the block: it raises its own error, alone.
 
     The error is ``collective`` when ``comm`` spans the world. For a smaller ``comm`` its first rank prints the error
     and ends the job; the others wait for that end.
@@ -103,7 +110,8 @@ def agreed(comm, what: str):
             failure = _explained(error, what)
 
         first = array("i", [comm.size if failure is None else comm.rank])
-        comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
+        if not _come_together(comm.Iallreduce(MPI.IN_PLACE, first, MPI.MIN), failure is None or not _guarded):
+            raise failure
         if first[0] == comm.size:
             return
         if comm.rank == first[0] and not hasattr(failure, "where"):
@@ -113,6 +121,17 @@ def agreed(comm, what: str):
     shared.reported_elsewhere = not shared.collective and comm.rank != 0
     shared.__cause__ = failure
     raise shared
+
+
+def _come_together(request, patient: bool) -> bool:
+    """Waits for the other ranks, for a while where it is not to be ``patient``; returns whether they have come."""
+    if patient:
+        request.Wait()
+        return True
+    end = time.monotonic() + _WAIT
+    while not (come := request.Test()) and time.monotonic() < end:
+        time.sleep(_NAP)
+    return come
 
 
 def on_first(comm, function, *args):
@@ -171,7 +190,8 @@ def _leave(error: LlamaHpcError | None, code: int) -> int:
 
     # Of ranks that fail at the same moment the lowest one speaks: its abort ends the others while they wait.
     rank = MPI.COMM_WORLD.rank
-    time.sleep(10 if getattr(error, "reported_elsewhere", False) else min(0.5 * rank, 3))
+    turn = min(0.5 * rank, 2 + rank / MPI.COMM_WORLD.size)
+    time.sleep(10 if getattr(error, "reported_elsewhere", False) else turn)
     if error is not None:
         _print(error, getattr(error, "where", _here()))
     sys.stdout.flush()

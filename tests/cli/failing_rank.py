@@ -19,6 +19,7 @@ from llama_hpc.cli.main import main  # noqa: E402
 from llama_hpc.comm.survivors import Survivors  # noqa: E402
 from llama_hpc.model.kv_cache import KVCache  # noqa: E402
 from llama_hpc.model.transformer import TransformerStage  # noqa: E402
+from llama_hpc.results import patience  # noqa: E402
 from llama_hpc.results.part_writer import PartWriter  # noqa: E402
 from llama_hpc.runtime import stopping  # noqa: E402
 from llama_hpc.weights.checkpoint import Checkpoint  # noqa: E402
@@ -42,6 +43,8 @@ def signalling(process, *numbers):
 
 # Signals that follow each other so soon count as two.
 stopping._SAME = 0.05
+# File systems that are away for longer do not come back.
+patience.PATIENCE = 0.5
 # The first file that is renamed says which job it is, the second one is the output.
 # The second KV cache and the fourth step are the model's own: compiling the kernels takes one of each.
 STEP = (TransformerStage, "forward", 4)
@@ -63,8 +66,10 @@ FAULTS = {
     "terminated mpirun": (*STEP, signalling(os.getppid, signal.SIGTERM)),
 }
 
+LASTING = ("disk full",)        # every call from the n-th on
 
-def inject(rank, owner, name, number, fail):
+
+def inject(rank, owner, name, number, fail, lasting):
     if environment_rank() != rank:
         return
     original, calls = getattr(owner, name), 0
@@ -72,7 +77,7 @@ def inject(rank, owner, name, number, fail):
     def wrapped(*arguments, **options):
         nonlocal calls
         calls += 1
-        if calls == number:
+        if calls == number or (lasting and calls > number):
             fail()
         return original(*arguments, **options)
 
@@ -82,5 +87,5 @@ def inject(rank, owner, name, number, fail):
 if __name__ == "__main__":
     faults, failing, *command = sys.argv[1:]
     for fault, rank in zip(faults.split(","), failing.split(","), strict=True):
-        inject(int(rank), *FAULTS[fault])
+        inject(int(rank), *FAULTS[fault], fault in LASTING)
     sys.exit(main(command))

@@ -11,7 +11,7 @@ from llama_hpc.runtime.abort import guarded
 
 # Each case runs on every rank; `bad` is the rank that fails where one fails alone, the last one of the world.
 PROGRAM = """
-import sys
+import sys, time
 from llama_hpc.errors import *
 from llama_hpc.runtime.abort import agreed, guarded, on_first
 from llama_hpc.runtime.launch import world
@@ -62,6 +62,12 @@ def agreed_on(comm, bad):
             raise CheckpointError("the tensor is truncated")
     comm.Barrier()
 
+def others_take_long(comm, bad):
+    with agreed(comm, "reading the weights"):
+        if comm.rank == bad:
+            raise CheckpointError("the tensor is truncated")
+        time.sleep(60 if comm.size > 1 else 0)
+
 def agreed_on_by_two(comm, bad):
     with agreed(comm, "reading the weights"):
         if comm.rank >= bad - 1:
@@ -106,6 +112,7 @@ CASES = {
     "interrupted": (130, "error: interrupted", BAD),
     "exited": (2, "error: left early", BAD),
     "agreed_on": (1, "error: the tensor is truncated", None),
+    "others_take_long": (1, "error: the tensor is truncated", BAD),
     "agreed_on_by_two": (2, "error: from rank {before}", None),
     "agreed_bug": (1, "internal error while reading the weights on rank {bad} (", None),
     "agreed_in_part": (2, "error: from rank {one}", "one"),
@@ -144,7 +151,8 @@ def test_at_other_sizes(mpirun, case, n):
     check(mpirun(n, ["-c", PROGRAM, case], timeout=20), n, case)
 
 
-@pytest.mark.parametrize("case", ["shared", "alone", "everyone_alone", "agreed_on", "agreed_in_part", "interrupted"])
+@pytest.mark.parametrize("case", ["shared", "alone", "everyone_alone", "agreed_on", "agreed_in_part", "interrupted",
+                                  "others_take_long"])
 def test_under_mpich(mpirun, case):
     check(mpirun(3, ["-c", PROGRAM, case], mpi="mpich", timeout=20), 3, case)
 
