@@ -28,12 +28,11 @@ def run(mpirun, model, folder, weights, env):
         return results.digest, results.provenance["kernels"]
 
 
-@pytest.mark.parametrize("weights", ["q8", "q3_5"])
-def test_kernels_change_nothing(mpirun, model, tmp_path, weights):
+def test_kernels_change_nothing(mpirun, model, tmp_path):
     """The best that this processor has, and those that run anywhere; the tests of kernels compare what lies between."""
     digests = set()
     for name in (kernels(), KERNELS[-1]):
-        digest, used = run(mpirun, model, tmp_path, weights, {"LLAMA_HPC_KERNELS": name})
+        digest, used = run(mpirun, model, tmp_path, "q3_5", {"LLAMA_HPC_KERNELS": name})
         assert used == [name]
         digests.add(digest)
     assert len(digests) == 1
