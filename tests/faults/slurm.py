@@ -41,11 +41,16 @@ class Campaign:
     def _user(self) -> User:
         return User(self.slurm, self.work, Path(tempfile.mkdtemp(dir=self.folder)))
 
-    def _moment(self, longest: float = 7) -> float:
-        """Waits for a random time, from the very start of a job on; returns it."""
-        seconds = self.rng.uniform(0, longest)
+    def _moment(self, number: int, output: Path) -> str:
+        """Waits for a random time from the very start of a job on or, in odd rounds, for a random number of answers."""
+        if number % 2:
+            answers = self.rng.randrange(1, self.work.count // 2)
+            # An array's task has a part of the prompts.
+            wait(lambda: kept(output) >= answers or output.exists())
+            return f"after {kept(output)} answers"
+        seconds = self.rng.uniform(0, 4)
         time.sleep(seconds)
-        return seconds
+        return f"after {seconds:.1f} s"
 
     def _start(self, user: User, script: str, *sbatch: str) -> tuple[str, Path, str]:
         grid = self.rng.choice(GRIDS)
@@ -70,24 +75,24 @@ class Campaign:
         """A job of a cheap partition makes room for another, and puts itself back into the queue."""
         user = self._user()
         job, output, what = self._start(user, "requeue.slurm", "--partition=cheap")
-        seconds = self._moment(5)
+        when = self._moment(number, output)
         self.slurm.on_login("srun", "--exclusive", f"--nodes={len(self.slurm.nodes)}", "true", timeout=120)
         user.hurry()
         self.slurm.go_on(job, restarts=1)
         self._ends(job)
-        return f"{what} after {seconds:.1f} s, {self._is_whole(output)}"
+        return f"{what} {when}, {self._is_whole(output)}"
 
     def scancel(self, number: int) -> str:
-        """Cancelled, then submitted again on another grid, with srun or mpirun; the second time with SIGKILL at once."""
-        user, how = self._user(), (("SIGTERM", ()), ("SIGKILL", ("--signal=KILL", "--full")))[number % 2]
+        """Cancelled, with SIGTERM or at once with SIGKILL, then submitted again on another grid."""
+        user, how = self._user(), self.rng.choice((("SIGTERM", ()), ("SIGKILL", ("--signal=KILL", "--full"))))
         job, output, what = self._start(user, self.rng.choice(SCRIPTS))
-        seconds = self._moment()
+        when = self._moment(number, output)
         self.slurm.on_login("scancel", *how[1], job, check=False)
         state = self.slurm.wait_for(job)["JobState"]
         user.hurry()
         job, _ = user.submit("cpu.slurm", options=("--resume", "--grid", self.rng.choice(GRIDS)))
         self._ends(job)
-        return f"{how[0]} to {what} after {seconds:.1f} s: {state}, {self._is_whole(output)}"
+        return f"{how[0]} to {what} {when}: {state}, {self._is_whole(output)}"
 
     def power(self, number: int) -> str:
         """A node loses its power; in every third round SLURM has to find out by itself."""
@@ -101,7 +106,7 @@ class Campaign:
         user = self._user()
         job, output, what = self._start(user, self.rng.choice(SCRIPTS))
         nodes = self.slurm.job_nodes(job)
-        seconds, node = self._moment(), self.rng.choice(nodes)
+        when, node = self._moment(number, output), self.rng.choice(nodes)
         die(self.slurm.hosts[node])
         before = kept(output)
         if number % 3:
@@ -115,7 +120,7 @@ class Campaign:
             self.slurm.hosts[node].end()
             self.slurm.restart_node(node)
         assert not before or f"resuming: {before} answers" in log or "complete already" in log, log
-        return f"{node} of {','.join(nodes)} running {what} after {seconds:.1f} s: {before} kept, {self._is_whole(output)}"
+        return f"{node} of {','.join(nodes)} running {what} {when}: {before} kept, {self._is_whole(output)}"
 
     def limit(self, number: int) -> str:
         """The real signal before the real limit, to both scripts at once; they go on until all is answered."""
@@ -157,7 +162,7 @@ class Campaign:
         job, folder = user.submit("array.slurm", f"--array=0-{tasks - 1}", output="answers", pace=PACE, SLICES=str(tasks))
         victim = self.rng.randrange(tasks)
         self.slurm.wait_for(f"{job}_{victim}", "RUNNING", "COMPLETED")
-        seconds = self._moment(5)
+        when = self._moment(number, folder / f"answers-{victim}.h5")
         self.slurm.on_login("scancel", "--signal=KILL", "--full", f"{job}_{victim}", check=False)
         states = [self.slurm.wait_for(f"{job}_{task}")["JobState"] for task in range(tasks)]
         assert [state for task, state in enumerate(states) if task != victim] == ["COMPLETED"] * (tasks - 1), states
@@ -167,19 +172,20 @@ class Campaign:
         for task in range(tasks):
             found |= answers_of(folder / f"answers-{task}.h5")
         assert found == self.work.answers
-        return f"task {victim} killed after {seconds:.1f} s: {states[victim]}"
+        return f"task {victim} killed {when}: {states[victim]}"
 
     def controller(self, number: int) -> str:
-        """slurmctld is killed and started again: the job does not notice."""
+        """slurmctld ends and is started again: the job does not notice."""
         user = self._user()
         job, output, what = self._start(user, "requeue.slurm")
-        seconds = self._moment(5)
+        when = self._moment(number, output)
         login = self.slurm.hosts[slurm_cluster.LOGIN]
-        login.run("sh", "-c", f"kill -KILL $(cat {self.slurm.folder}/slurmctld.pid)")
+        login.run("sh", "-c", f"kill $(cat {self.slurm.folder}/slurmctld.pid)")
+        wait(lambda: login.run("pidof", "slurmctld", check=False).returncode)
         self.slurm.on_login("slurmctld")
         self._ends(job)
         assert not ProgressFolder(output).path.exists()
-        return f"{what} after {seconds:.1f} s, {self._is_whole(output)}"
+        return f"{what} {when}, {self._is_whole(output)}"
 
 
 KINDS = [name for name in vars(Campaign) if not name.startswith("_")]
