@@ -91,7 +91,7 @@ class Durable:
             self.folder.remove()
         else:
             self._take_over()
-        self.run = self.folder.next_run
+        self.run = max([self.folder.next_run, *(1 + run["run"] for run in self.found.runs)])
         return _answered(self.found)
 
     def look_again(self, identity: dict[str, Any], start_time: str) -> Done:

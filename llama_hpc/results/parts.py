@@ -276,7 +276,8 @@ class ProgressFolder:
             with contextlib.suppress(OSError):
                 for path in self._rescued:
                     path.unlink()
-                    path.parent.rmdir()
+                for folder in {path.parent for path in self._rescued}:
+                    folder.rmdir()
             self.release()
 
     def discard(self) -> None:

@@ -108,7 +108,8 @@ def test_a_rescue_folder_completes_what_is_there(tmp_path):
     rescue = tmp_path / "rescue"
     (rescue / folder.path.name).mkdir(parents=True)
     (rescue / folder.path.name / "part-0-0-3fa2b1.log").write_bytes(framed({"weights": "q8"}) + output_record(an_output(2)))
-    assert sorted(output.request for output in folder.read({}, rescue).outputs) == [1, 2]
+    (rescue / folder.path.name / "part-0-1-77e0a9.log").write_bytes(framed({"weights": "q8"}) + output_record(an_output(3)))
+    assert sorted(output.request for output in folder.read({}, rescue).outputs) == [1, 2, 3]
     folder.remove()
     assert list(rescue.iterdir()) == []
 
