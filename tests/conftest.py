@@ -1,5 +1,6 @@
 """Fixtures for all tests: running Python programs under mpirun, and outside test data."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -39,6 +40,19 @@ def command(tmp_path_factory):
     jobs = standing_jobs.StandingJobs(lambda: tmp_path_factory.mktemp("job"))
     yield jobs.run
     jobs.close()
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """The records of llama_hpc from INFO on, while a test runs, whatever commands in this process have set up before it."""
+    records, handler, logger = [], logging.Handler(), logging.getLogger("llama_hpc")
+    handler.emit = records.append
+    level = logger.level
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.setLevel(logging.INFO)
+    yield records
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -53,12 +53,13 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command line (default: the process's own) and return the exit code."""
+def main(argv: list[str] | None = None, alone: bool = False) -> int:
+    """Run one command line (default: the process's own) and return the exit code; ``alone``: it is all that the process does."""
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:
         return stop.code or 0
+    args.alone = alone
     def run() -> int:
         with doing(args.command):
             return _module(args.command).main(args)
@@ -70,7 +71,7 @@ def program() -> NoReturn:
     # What is imported and loaded at the start, some hundred thousand objects, stays: looking through all of them again and
     # again for what could go would take a tenth of a short run.
     gc.set_threshold(100_000, 50, 100)
-    end_process(main())
+    end_process(main(alone=True))
 
 
 def _module(command: str):

@@ -49,7 +49,7 @@ def _watch(args: argparse.Namespace, comm) -> None:
     # Of a run, beside the answers that it keeps (see ``results.parts``).
     folder = Path(os.path.realpath(args.output) + (".progress" if kept else ".hang"))
     cure = "finished answers are kept, --resume goes on" if kept else "nothing is kept, begin again"
-    watchdog.start(comm, args.hang_limit, folder, cure, alone=True)
+    watchdog.start(comm, args.hang_limit, folder, cure, args.alone)
 
 
 def _ranks(args: argparse.Namespace, size: int) -> int | None:

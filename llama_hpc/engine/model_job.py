@@ -243,7 +243,7 @@ class ModelJob:
     def complete_facts(self, ranks: list[dict[str, Any]], shape: GridShape, content_hash: str, seconds: float,
                        options: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
         """First rank: what is known at the end. ``ranks``: ``place`` and work of each."""
-        given = {name: value for name, value in options.items() if name != "command" and value is not None}
+        given = {name: value for name, value in options.items() if name not in ("command", "alone") and value is not None}
         self.facts["model"]["content_hash"] = content_hash
         self.facts |= {
             "weights": self.weights, "kv_cache": self.kv_cache, "ranks": self.comm.size, "threads": self.threads,

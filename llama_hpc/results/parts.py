@@ -224,7 +224,10 @@ class ProgressFolder(LockedFolder):
 
 
 def _parts_in(folder: Path) -> list[Path]:
-    found = [path for path in folder.iterdir() if _PART.fullmatch(path.name)] if folder.is_dir() else []
+    found: list[Path] = []
+    # Another rank may be removing the folder.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        found = [path for path in folder.iterdir() if _PART.fullmatch(path.name)]
     return sorted(found, key=lambda path: [*map(int, _PART.fullmatch(path.name).groups()[:2]), path.name])
 
 

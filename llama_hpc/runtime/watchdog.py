@@ -117,7 +117,7 @@ class Watchdog(threading.Thread):
         if self.alone:
             faulthandler.cancel_dump_traceback_later()
             if on:
-                faulthandler.dump_traceback_later(2 * (self.limit + self._patience) + 5, exit=True)
+                faulthandler.dump_traceback_later(2 * (self.limit + self._patience) + 5, exit=True, file=sys.__stderr__)
 
     def _take_part(self, passed: float) -> None:
         """Asks others, answers them, and judges. Raises OSError."""

@@ -1,6 +1,5 @@
 """Memory that runs short: when the leader shrinks the cache, by how much, and when it grows again."""
 
-import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,11 +81,10 @@ def test_who_follows_gives_back_the_pages_without_content(replica):
     assert replica.pressure.events == 1 and len(replica.given_back) == 1
 
 
-def test_it_is_said_once(replica, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("llama_hpc"), "propagate", True)
+def test_it_is_said_once(replica, logged):
     replica.left = 0
     replica.second(20)
-    (record,) = caplog.records
+    (record,) = logged
     assert record.getMessage().startswith("memory is short on ") and record.levelname == "WARNING"
     assert ", 0.0 KiB of 10.00 GiB left: batches shrink" in record.getMessage()
 

@@ -83,7 +83,7 @@ def prompts(tmp_path_factory):
 def test_the_first_compiles_and_the_next_loads(warm):
     (compiled, loaded, passes, seconds), said, products, (more, found, _, further), again = warm
     assert compiled > 50 and loaded == 0 and passes > 0
-    assert more > 0 and found > 0 and seconds + further < 90
+    assert more > 0 and found > 0 and seconds + further < 150
     assert f" {compiled} functions compiled" in said and f" {more} functions compiled" in again
     assert products == {"products._product", "products.halves_product"}
 

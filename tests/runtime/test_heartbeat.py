@@ -1,6 +1,5 @@
 """The line that tells that a job is alive, and what it says of memory and devices."""
 
-import logging
 import re
 from types import SimpleNamespace
 
@@ -22,9 +21,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_line_every_interval_with_the_rate_since_the_last(clock, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("llama_hpc"), "propagate", True)
-    caplog.set_level(logging.INFO, "llama_hpc")
+def test_a_line_every_interval_with_the_rate_since_the_last(clock, monkeypatch, logged):
     monkeypatch.setattr(heartbeat, "device_facts", lambda: ["cpu 61 °C"])
     beats, progress = Heartbeat(60), Progress(200, "prompts", "answering", show=False)
     for seconds, tokens, done in ((0, 0, 0), (30, 500, 3), (60, 1200, 5), (90, 1500, 7), (120, 1800, 9)):
@@ -32,7 +29,7 @@ def test_a_line_every_interval_with_the_rate_since_the_last(clock, monkeypatch, 
         progress.done = done
         if beats.due():
             beats.beat(tokens, progress)
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in logged]
     assert [line.split("; ")[0] for line in lines] == ["alive: 20.0 tokens/s, 5 of 200 prompts",
                                                        "alive: 10.0 tokens/s, 9 of 200 prompts"]
     assert re.fullmatch(r"alive: .*; memory: rank [\d.]+ .iB, node [\d.]+ .iB of [\d.]+ .iB left; cpu 61 °C", lines[0])

@@ -1,7 +1,6 @@
 """Progress without a terminal: few lines, the right numbers, one rank; with a terminal: a bar."""
 
 import contextlib
-import logging
 import os
 import pty
 import subprocess
@@ -23,10 +22,8 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def lines(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("llama_hpc"), "propagate", True)
-    caplog.set_level(logging.INFO, "llama_hpc")
-    return lambda: [record.getMessage() for record in caplog.records]
+def lines(logged):
+    return lambda: [record.getMessage() for record in logged]
 
 
 def test_a_line_every_tenth(clock, lines):
