@@ -1,5 +1,6 @@
 """Compiles every kernel that a command needs, on a model of a few weights."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from llama_hpc.model.sizes import whole
 from llama_hpc.model.transformer import Batch, TransformerStage
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.weights.loader import load_stage, quantize_tensor
+
+_LOOK = 0.002                   # seconds between looks at whether the others are ready
 
 
 class _TinyCheckpoint:
@@ -75,4 +78,7 @@ def once_per_node(node: MPI.Comm, compile_all: Callable[[], None]) -> None:
         if (node.rank == 0) == turn:
             with agreed(MPI.COMM_SELF, "compiling the kernels"):
                 compile_all()
-        node.Barrier()
+        # Who waits leaves its core to who compiles, for minutes at times.
+        everybody = node.Ibarrier()
+        while not everybody.Test():
+            time.sleep(_LOOK)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_hpc.errors import ResultsError, UsageError
+from llama_hpc.results.locks import LOOK, LockedFolder, try_lock
 from llama_hpc.results.patience import patiently
 from llama_hpc.results.records import first_record, output_of, read_records
 from llama_hpc.results.schema import Output, canonical_logprobs, canonical_tokens
@@ -29,7 +30,6 @@ _LOG = logging.getLogger(__name__)
 FORMAT, VERSION = "llama_hpc progress", 1
 _PART = re.compile(r"part-(\d+)-(\d+)(-[0-9a-f]+)?\.log")
 _ORPHANS = 60.0                 # seconds to wait for ranks of a killed run that still write
-_LOOK = 0.2                     # seconds between looks at a lock
 _BESIDE = ("job.json", "counters", "lock")      # what lies beside the parts
 
 
@@ -43,24 +43,12 @@ class Found:
     torn: int = 0
 
 
-def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks an open file unless another process has it. A file system without locks leaves it unlocked, as if it were free."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        _LOG.warning("this file system has no locks (%s): do not start two jobs with one output", error.strerror)
-    return True
-
-
-class ProgressFolder:
+class ProgressFolder(LockedFolder):
     """The progress of the job that writes ``output``. Not collective: the first rank locks and reads, leaders write parts."""
 
     def __init__(self, output: str | Path):
-        self.output = Path(os.path.realpath(output))
-        self.path = self.output.with_name(self.output.name + ".progress")
-        self._lock: int | None = None
+        output = Path(os.path.realpath(output))
+        super().__init__(output, output.with_name(output.name + ".progress"))
         self._rescued: list[Path] = []      # parts elsewhere that were read
 
     @property
@@ -79,49 +67,6 @@ class ProgressFolder:
         """The file of one replica of a run."""
         return self.path / f"part-{run}-{replica}.log"
 
-    def lock(self, holder: dict[str, Any], patience: float) -> None:
-        """Makes the folder, and holds the job's lock until ``release``; ``holder`` is what others are told.
-
-        Raises ResultsError where another job still has it after ``patience`` seconds.
-        """
-        end = time.monotonic() + patience
-        try:
-            while self._lock is None:
-                self.path.mkdir(exist_ok=True)
-                descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                if try_lock(descriptor) and self._is_the_lock(descriptor):
-                    self._lock = descriptor
-                    break
-                who = _holder(descriptor)
-                os.close(descriptor)
-                if time.monotonic() > end:
-                    raise self._taken(who)
-                time.sleep(_LOOK)
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, json.dumps(holder).encode(), 0)
-        except OSError as error:
-            raise ResultsError(f"cannot keep progress in {self.path}: {error.strerror}") from None
-
-    def check_free(self) -> None:
-        """Changes nothing. Raises ResultsError where another job holds the lock now."""
-        if self.in_use():
-            with contextlib.suppress(FileNotFoundError), open(self.path / "lock", "rb") as lock:
-                raise self._taken(_holder(lock.fileno()))
-
-    def _taken(self, who: str) -> ResultsError:
-        return ResultsError(f"{self.output} is being written by {who}: wait for its end, or give another output")
-
-    def _is_the_lock(self, descriptor: int) -> bool:
-        """Whether an open file is still the one that others find: a job that has ended removes its own."""
-        with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path / "lock"))
-        return False
-
-    @property
-    def locked(self) -> bool:
-        """Whether this process holds the job's lock."""
-        return self._lock is not None
-
     def try_to_write(self) -> None:
         """Raises ResultsError where this process cannot make files in the folder."""
         path = self.path / f".{socket.gethostname()}-{os.getpid()}"
@@ -131,23 +76,6 @@ class ProgressFolder:
         except OSError as error:
             raise ResultsError(f"cannot write to {self.path}: {error.strerror}: all nodes must be able to write to that folder"
                                ) from None
-
-    def release(self) -> None:
-        """Gives the lock back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def in_use(self) -> bool:
-        """Whether a job holds the lock now."""
-        try:
-            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            return not try_lock(descriptor, fcntl.LOCK_SH)
-        finally:
-            os.close(descriptor)
 
     def identity(self) -> dict[str, Any] | None:
         """Which job this is the progress of; None where there is none. Raises ResultsError for what cannot be read."""
@@ -210,7 +138,7 @@ class ProgressFolder:
                     if not told:
                         _LOG.info("waiting for a rank of an earlier run that still writes %s (%s)", path, _writer(path))
                         told = True
-                    time.sleep(_LOOK)
+                    time.sleep(LOOK)
             finally:
                 os.close(descriptor)
 
@@ -270,7 +198,7 @@ class ProgressFolder:
 
     def remove(self) -> None:
         """All of it, if the lock is held, and what was read elsewhere: nothing of it is needed any more."""
-        if self._lock is not None:
+        if self.locked:
             with contextlib.suppress(OSError):
                 shutil.rmtree(self.path)
             with contextlib.suppress(OSError):
@@ -319,14 +247,6 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _bits(output: Output) -> tuple[bytes, bytes]:
     return canonical_tokens(output.tokens).tobytes(), canonical_logprobs(output.logprobs).tobytes()
-
-
-def _holder(descriptor: int) -> str:
-    """Who has the lock, as far as it says so."""
-    with contextlib.suppress(OSError, ValueError):
-        holder = json.loads(os.pread(descriptor, 1 << 16, 0))
-        return ", ".join(f"{name} {value}" for name, value in holder.items())
-    return "another job"
 
 
 def _writer(path: Path) -> str:

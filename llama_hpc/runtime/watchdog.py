@@ -44,7 +44,7 @@ class Watchdog(threading.Thread):
     def __init__(self, comm, limit: float, folder: Path, cure: str, alone: bool):
         super().__init__(name="watchdog", daemon=True)
         from mpi4py import MPI
-        self.limit, self._cure, self._alone, self._main = limit, cure, alone, threading.get_ident()
+        self.limit, self._cure, self.alone, self._main = limit, cure, alone, threading.get_ident()
         self.rank = MPI.COMM_WORLD.rank
         self.processes: dict[int, Process] = dict(comm.allgather((self.rank, Process(hostname(), os.getpid()))))
         mark = comm.bcast(secrets.token_hex(8))
@@ -114,7 +114,7 @@ class Watchdog(threading.Thread):
     def _guard(self, on: bool) -> None:
         """Outside of steps the main thread may be stuck with the interpreter's lock, as in a page of a file that never comes.
         Then this thread cannot run; when the others had time to say so, one of C shows the stacks and ends the process."""
-        if self._alone:
+        if self.alone:
             faulthandler.cancel_dump_traceback_later()
             if on:
                 faulthandler.dump_traceback_later(2 * (self.limit + self._patience) + 5, exit=True)
@@ -145,7 +145,7 @@ class Watchdog(threading.Thread):
         return len(self.ranks) > 1 and activity.task() is not None and self._quiet > self.limit * (1 + turn / 2)
 
     def _state(self) -> dict[str, Any]:
-        return {"still": self._still, **state(self._main)}
+        return {"still": self._still, "outside": activity.task() is None, **state(self._main)}
 
     def _judge(self) -> None:
         """What the answers say, as soon as all are there or have had their time."""
@@ -159,6 +159,8 @@ class Watchdog(threading.Thread):
         moving = [answer["still"] for answer in answers.values() if answer["still"] < self.limit]
         if not stands or moving:
             self._miss(silent - self._told)
+            if stands:
+                self._wait_for({rank: answer for rank, answer in answers.items() if answer["outside"]})
             self._retry = self._still + max(self._look, self.limit - min(moving, default=0.0))
             self._call = None
             self._roll.withdraw()
@@ -170,6 +172,12 @@ class Watchdog(threading.Thread):
         self._told |= silent
         if silent:
             _LOG.warning("%s", explain({}, {rank: self.processes[rank] for rank in silent}))
+
+    def _wait_for(self, outside: dict[int, dict[str, Any]]) -> None:
+        """Nobody can tell whether ranks will ever come that are not in a call of ours."""
+        if outside and not self._told & set(outside):
+            self._told |= set(outside)
+            _LOG.warning("rank %d waits: %s", self.rank, explain(outside, {}))
 
     def _end(self, answers: dict[int, dict[str, Any]], silent: set[int], more: str = "") -> None:
         """One line, and the end of the job."""
@@ -216,13 +224,12 @@ def start(comm, limit: float, folder: Path, cure: str, alone: bool = False) -> W
 
 
 def _end() -> None:
-    """The process is about to end. Ranks leave MPI together, when no thread of Python runs any more: SIGALRM ends one that waits
-    too long."""
-    dog = _current
-    if dog is not None:
-        dog.stop()
-        if len(dog.processes) > 1:
-            signal.alarm(round(dog.limit) + 1)
+    """The process is about to end. Ranks leave MPI together, when no thread of Python may run any more: SIGALRM ends one of a
+    command that waits too long. What a script does before its own end may take any time."""
+    if _current is not None:
+        _current.stop()
+        if _current.alone and len(_current.processes) > 1:
+            signal.alarm(round(max(60, _current.limit)))
 
 
 def forget(ranks: Iterable[int]) -> None:

@@ -15,7 +15,7 @@ from reference_models import prompt, write_checkpoint
 from llama_hpc.results import read_results
 from llama_hpc.results.parts import ProgressFolder
 
-COUNT = 60
+COUNT, PACE = 30, 0.2           # prompts, and seconds between two of them in runs that something befalls
 # A run that is soon out of patience, and notes what it has finished.
 PROGRAM = """
 import os, sys
@@ -40,13 +40,23 @@ def model(tmp_path_factory):
     return write_checkpoint("llama_odd", tmp_path_factory.mktemp("model") / "model")
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+def write_prompts(path, pace):
     ids = [int(i) for i in prompt("llama_odd")]
-    lines = [{"token_ids": ids[i % 7 : i % 7 + 5], "max_tokens": 60 + i} for i in range(COUNT)]
+    lines = [{"token_ids": ids[i % 7 : i % 7 + 5], "max_tokens": 20 + i} | ({"arrival_s": pace * i} if pace else {})
+             for i in range(COUNT)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", 0)
+
+
+@pytest.fixture(scope="module")
+def slow_prompts(tmp_path_factory):
+    """The same, one after the other."""
+    return write_prompts(tmp_path_factory.mktemp("slow") / "prompts.jsonl", PACE)
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +86,13 @@ def mounted(tmp_path):
 class Run:
     """A run of two replicas into ``output``, and what befalls it when ``disturb()`` is called behind some answers."""
 
-    def __init__(self, model, prompts, output, disturb, *options):
+    def __init__(self, model, slow_prompts, output, disturb, *options):
         self.noted = output.parents[1] / "finished"
-        argv = ["-c", PROGRAM, "run", model, "--prompts", prompts, "--output", output, "--ignore-eos", "--max-seqs", 2,
+        argv = ["-c", PROGRAM, "run", model, "--prompts", slow_prompts, "--output", output, "--ignore-eos", "--max-seqs", 2,
                 "--grid", "2x1x1", "--sync-interval", 0.1, *options]
         with mpi_jobs.start(2, argv, env={"FINISHED": self.noted}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True) as job:
-            while len(self.finished) < 8 and job.poll() is None:
+            while len(self.finished) < 6 and job.poll() is None:
                 time.sleep(0.01)
             assert job.poll() is None
             disturb()
@@ -119,18 +129,18 @@ def fill(folder: Path) -> Path:
     return folder / "filler"
 
 
-def test_a_full_disk(command, mounted, model, prompts, undisturbed, tmp_path):
+def test_a_full_disk(command, mounted, model, prompts, slow_prompts, undisturbed, tmp_path):
     folder, rescue = mounted("-t", "tmpfs", "-o", "size=512k", "tmpfs"), tmp_path / "rescue"
     rescue.mkdir()
-    run = Run(model, prompts, folder / "out.h5", lambda: fill(folder), "--rescue", rescue)
+    run = Run(model, slow_prompts, folder / "out.h5", lambda: fill(folder), "--rescue", rescue)
     assert ".log: No space left on device, tried " in run.line() and " finished answers are in " in run.line()
     assert f": make room or mend the file system, then run again with --resume --rescue {rescue}" in run.line()
-    assert not (folder / "out.h5").exists() and 8 <= len(run.finished) < COUNT
+    assert not (folder / "out.h5").exists() and 6 <= len(run.finished) < COUNT
     (folder / "filler").unlink()
     check_resumed(command, run, model, prompts, folder / "out.h5", rescue, undisturbed)
 
 
-def test_a_disk_that_an_error_makes_read_only(command, mounted, model, prompts, undisturbed, tmp_path):
+def test_a_disk_that_an_error_makes_read_only(command, mounted, model, prompts, slow_prompts, undisturbed, tmp_path):
     """As the kernel does it with ext4: at once, whatever is open."""
     image, rescue = tmp_path / "image", tmp_path / "rescue"
     rescue.mkdir()
@@ -143,28 +153,28 @@ def test_a_disk_that_an_error_makes_read_only(command, mounted, model, prompts, 
     trigger = Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error")
     if not trigger.exists():
         pytest.skip("this kernel does not let ext4 fail at will")
-    run = Run(model, prompts, folder / "out.h5", lambda: trigger.write_text("1"), "--rescue", rescue)
+    run = Run(model, slow_prompts, folder / "out.h5", lambda: trigger.write_text("1"), "--rescue", rescue)
     assert "Read-only file system, tried " in run.line() and f"--resume --rescue {rescue}" in run.line()
     subprocess.run(["umount", str(folder)], check=True)
     mounted("-o", "loop", str(image))
     check_resumed(command, run, model, prompts, folder / "out.h5", rescue, undisturbed)
 
 
-def test_a_disk_that_is_unmounted(command, mounted, model, prompts, undisturbed, tmp_path):
+def test_a_disk_that_is_unmounted(command, mounted, model, prompts, slow_prompts, undisturbed, tmp_path):
     """Lazily: what is open can be written on, but nobody would find it, nor what was written before."""
     folder, rescue = mounted("-t", "tmpfs", "tmpfs"), tmp_path / "rescue"
     rescue.mkdir()
-    run = Run(model, prompts, folder / "out.h5", lambda: subprocess.run(["umount", "-l", str(folder)], check=True),
+    run = Run(model, slow_prompts, folder / "out.h5", lambda: subprocess.run(["umount", "-l", str(folder)], check=True),
               "--rescue", rescue)
     assert "is not the folder that it was, tried " in run.line() and f"--resume --rescue {rescue}" in run.line()
     assert list(folder.iterdir()) == []
     check_resumed(command, run, model, prompts, folder / "out.h5", rescue, undisturbed)
 
 
-def test_progress_that_somebody_removes_comes_back(model, prompts, undisturbed, tmp_path):
+def test_progress_that_somebody_removes_comes_back(model, slow_prompts, undisturbed, tmp_path):
     output = tmp_path / "results" / "out.h5"
     output.parent.mkdir()
-    run = Run(model, prompts, output, lambda: shutil.rmtree(ProgressFolder(output).path))
+    run = Run(model, slow_prompts, output, lambda: shutil.rmtree(ProgressFolder(output).path))
     assert run.code == 0 and run.said.count("had vanished: made anew with all that was in it") >= 1, run.said
     with read_results(output) as results:
         assert results.digest == undisturbed and {found.attempt for found in results.outputs()} == {0}

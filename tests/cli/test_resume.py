@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import mpi_jobs
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from reference_models import prompt, write_checkpoint
 
 from llama_hpc.results import read_results
 from llama_hpc.results.parts import ProgressFolder
-from llama_hpc.results.records import read_records
+from llama_hpc.results.records import framed, read_records
 
 CASE = "llama_odd"
 COUNT = 24
@@ -155,6 +156,49 @@ def test_what_would_lose_finished_work_is_refused(command, model, prompts, unfin
         assert job.returncode == 2 and len(lines) == 1, job.stderr
         assert re.search(expected, lines[0]), lines[0]
     assert {path: path.read_bytes() for path in folder.parts} == before
+
+
+def test_damaged_and_newer_progress_is_left_as_it_is(command, model, prompts, unfinished):
+    (part,) = ProgressFolder(unfinished).parts
+    whole = part.read_bytes()
+    broken = bytearray(whole)
+    broken[-len(whole) // 3] ^= 1
+    for content, ranks, expected in (
+            (bytes(broken) + whole, 2, rf"{part} is damaged at byte \d+ of \d+, behind \d+ whole records: restore it, or remove"),
+            (framed({"version": 9}) + whole, 1, f"{part} is of version 9, this program knows version 1: use a newer one")):
+        part.write_bytes(content)
+        job = command(ranks, arguments(model, prompts, unfinished, "--resume"))
+        (line,) = [line for line in job.stderr.splitlines() if line.startswith("llama-hpc: error")]
+        assert job.returncode == 1 and re.search(expected, line), line
+        assert part.read_bytes() == content
+
+
+def test_an_output_of_a_newer_version_is_left_as_it_is(command, model, prompts, tmp_path):
+    output = tmp_path / "out.h5"
+    with h5py.File(output, "w") as file:
+        file.attrs.update({"format": "llama_hpc results", "version": 99})
+    before = output.read_bytes()
+    job = command(2, arguments(model, prompts, output, "--resume"))
+    (line,) = [line for line in job.stderr.splitlines() if line.startswith("llama-hpc: error")]
+    assert job.returncode == 1 and "version 99" in line, line
+    assert output.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["out.h5"]
+
+
+def test_a_second_job_on_the_same_output_is_told_who_has_it(command, model, prompts, slow_prompts, undisturbed, tmp_path):
+    output, folder = tmp_path / "out.h5", ProgressFolder(tmp_path / "out.h5")
+    with mpi_jobs.start(1, ["-m", "llama_hpc", *arguments(model, slow_prompts, output)], stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL) as first:
+        while not folder.parts and first.poll() is None:
+            time.sleep(0.01)
+        for ranks, option in ((1, "--overwrite"), (3, "--overwrite")):
+            job = command(ranks, arguments(model, prompts, output, option))
+            (line,) = [line for line in job.stderr.splitlines() if line.startswith("llama-hpc: error")]
+            assert job.returncode == 1 and first.poll() is None
+            assert re.search(rf"{output} is being written by process \d+, host \S+, since \S+: wait for its end, or give another",
+                             line), line
+        assert first.wait(60) == 0
+    with read_results(output) as results:
+        assert results.digest == undisturbed
 
 
 def test_another_model_under_the_same_name_is_noticed(command, model, prompts, unfinished, tmp_path):

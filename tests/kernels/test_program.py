@@ -1,16 +1,19 @@
 """Programs: operations in order, what they found, and what they keep."""
 
 import gc
+import threading
+import time
 
 import numpy as np
 import pytest
 from numba import carray
 from numba.extending import intrinsic
 
-from llama_hpc.kernels.cpu.memory import atomic_add, atomic_or, int64_at, record, record_pointer
+from llama_hpc.kernels.cpu.memory import atomic_add, atomic_load, atomic_or, int64_at, record, record_pointer
 from llama_hpc.kernels.cpu.operation import operation
 from llama_hpc.kernels.cpu.program import Program
 from llama_hpc.kernels.cpu.team import begin, chunk, work_at
+from llama_hpc.kernels.cpu.waiting import nap
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
 
 STEP = record("team", "status", "work", "values", "factor", "found")
@@ -41,6 +44,15 @@ def count_operation(member, where):
     """Counts the members that come by."""
     op = carray(_step_at(where), 1)[0]
     atomic_add(op.values, 1)
+
+
+@operation
+def held_operation(member, where):
+    """Says that a member has come, and returns when the third of the values is set."""
+    op = carray(_step_at(where), 1)[0]
+    atomic_add(op.values + 8, 1)
+    while atomic_load(op.values + 16) == 0:
+        nap(1000)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -108,3 +120,25 @@ def test_arrays_are_kept(pool):
     others = [np.full(100, -1) for _ in range(20)]
     program.run()
     assert all((other == -1).all() for other in others) and not {other.ctypes.data for other in others} & set(kept)
+
+
+def test_where_a_thread_is_can_be_seen_while_a_program_runs(pool):
+    """By a thread that does not wait for it: in the operation that does not end, or at last in the last one."""
+    program, gate = Program(pool), np.zeros(8, np.int64)
+    for name, function in (("before", count_operation), ("held", held_operation), ("behind", count_operation)):
+        program.add(name, function, STEP, ONE_TASK.record(pool.threads), values=gate, factor=0, found=0)
+    other = Program(pool)
+    _add(other, np.arange(100), 1)
+    runner = threading.Thread(target=program.run)
+    runner.start()
+    try:
+        end = time.monotonic() + 20
+        while gate[1] < pool.threads and time.monotonic() < end:
+            time.sleep(0.001)
+        places = pool.reached()
+        assert [program.find(place) for place in places] == [1] * pool.threads
+        assert program.kinds[1] == "held" and [other.find(place) for place in places] == [None] * pool.threads
+    finally:
+        gate[2] = 1
+        runner.join()
+    assert program.find(pool.reached()[0]) == 2

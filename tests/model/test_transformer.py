@@ -64,3 +64,10 @@ def test_chunks_of_a_prompt_change_nothing_with_an_int8_cache(name, chunk, tmp_p
     model = LocalModel(write_checkpoint(name, tmp_path), max_seq_len=128, kv_cache="q8")
     ids = reference(name).prompt_ids
     assert model.forward(ids, chunk=chunk).tobytes() == model.forward(ids).tobytes()
+
+
+def test_the_operation_that_was_reached_last_is_named(tmp_path):
+    model = LocalModel(write_checkpoint("llama_odd", tmp_path / "model"), "q8")
+    assert model.stage.reached() == ""
+    model.forward([1, 2, 3])
+    assert model.stage.reached() == "totals behind head"

@@ -5,7 +5,6 @@ temporary folder, runs it on 1, 2 and 4 ranks and compares each rank's peak with
 """
 
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -64,8 +63,7 @@ def measure(folder: Path, grid: str, weights: str, work: Path) -> list[tuple[int
     job = mpirun(shape.size, ["-m", "llama_hpc", "run", folder, "--prompts", prompts, "--output", output, "--grid", grid,
                                "--weights", weights, "--max-tokens", 4], timeout=300)
     sampler.stop()
-    if job.returncode:
-        raise subprocess.CalledProcessError(job.returncode, job.args, job.stdout, job.stderr)
+    assert job.returncode == 0, f"exit code {job.returncode}\n{job.stdout}{job.stderr}"
     shares = [rank.weights for rank in rank_shares(open_checkpoint(folder).config, weights, shape, 0)]
     return [(share, sampler.peaks[rank], int(ALLOWED_FACTOR * share) + ALLOWED_BEYOND) for rank, share in enumerate(shares)]
 

@@ -137,7 +137,7 @@ def test_who_waits_for_a_rank_that_gets_further_goes_on(jobs, case):
 
 def test_a_rank_that_stands_still_is_shown_with_its_stack(jobs):
     line, folder = line_of(jobs, "a_rank_that_does_nothing")
-    assert "rank 0: loading the weights [agreed, runtime/abort.py:" in line and "ranks 1-2: loading the weights" in line
+    assert "rank 0: loading the weights [_come_together, runtime/abort.py:" in line and "ranks 1-2: loading the weights" in line
     stack = (folder / "hang-1.txt").read_text()
     assert 'in a_rank_that_does_nothing' in stack and "thread MainThread:" in stack
 

@@ -84,7 +84,7 @@ def test_the_leader_decides_for_all_steps_under_way(comm):
             outcome.token[:], outcome.done[:] = step, 0
             outcome.done[step % 4] = 1
             last = step == rounds * depth - 1
-            outcome.decide(2**40 + step if last else 0, last, (step, 7, 2**40), list(range(step % 5)))
+            outcome.decide(2**40 + step if last else 0, last, (step, 7, 2**40, 3), list(range(step % 5)))
         outcomes.post(step)
     for step in range((rounds - 1) * depth, rounds * depth):
         check_outcome(outcomes.wait(step), step, rounds * depth)
@@ -93,6 +93,6 @@ def test_the_leader_decides_for_all_steps_under_way(comm):
 
 def check_outcome(outcome, step, steps):
     assert outcome.fault == (2**40 + step if step == steps - 1 else 0) and outcome.last == (step == steps - 1)
-    assert outcome.token.tolist() == [step] * 4 and outcome.limits == (step, 7, 2**40)
+    assert outcome.token.tolist() == [step] * 4 and outcome.limits == (step, 7, 2**40, 3)
     assert outcome.done.tolist() == [int(i == step % 4) for i in range(4)]
     assert outcome.admitted.tolist() == list(range(step % 5))

@@ -56,13 +56,9 @@ def compile_kernels(comm) -> None:
     """The first rank compiles into the disk cache; then all load from there."""
     from mpi4py import MPI
 
-    from llama_hpc.engine.warmup import warm_up
+    from llama_hpc.engine.warmup import once_per_node, warm_up
     from llama_hpc.kernels.cpu.calls import shared_pool
-    for turn in (True, False):
-        if (comm.rank == 0) == turn:
-            for weights_format in ("f32", "q8", "q3_5"):
-                warm_up(weights_format, shared_pool(THREADS), MPI.COMM_SELF)
-        comm.Barrier()
+    once_per_node(comm, lambda: [warm_up(name, shared_pool(THREADS), MPI.COMM_SELF) for name in ("f32", "q8", "q3_5")])
 
 
 def main() -> int:
