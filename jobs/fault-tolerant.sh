@@ -29,13 +29,15 @@ GRID=${GRID:-3x1x1}
 #   source ~/llama-hpc/bin/activate
 #   export MPI4PY_LIBMPI=$MPI_HOME/lib/libmpi.so
 
-# The death of a whole host ends mpirun, with code 0 even so: the output tells whether there is more to do, on the hosts that
-# are left. Full names, as ssh gives the other hosts no PATH.
+# Full names, as ssh gives the other hosts no PATH.
 options=(--with-ft ulfm -n "$RANKS" --map-by "slot:PE=$THREADS" --bind-to core)
 [ -z "$HOSTS" ] || options+=(--hostfile "$HOSTS")
-for attempt in 1 2 3; do
-    "$(command -v mpirun)" "${options[@]}" "$(command -v llama-hpc)" run "$MODEL" --prompts "$PROMPTS" --output "$OUTPUT" \
-        --grid "$GRID" --spares "$SPARES" --threads "$THREADS" --resume "$@" || echo "attempt $attempt: exit code $?" >&2
-    [ "$(llama-hpc show --status "$OUTPUT" || true)" != complete ] || exit 0
-done
-exit 1
+"$(command -v mpirun)" "${options[@]}" "$(command -v llama-hpc)" run "$MODEL" --prompts "$PROMPTS" --output "$OUTPUT" \
+    --grid "$GRID" --spares "$SPARES" --threads "$THREADS" --resume "$@" || echo "mpirun ended with code $?" >&2
+
+# The death of a whole host ends mpirun, with code 0 even so, and the death of a rank may leave another code behind a complete
+# output: only the output tells.
+if [ "$(llama-hpc show --status "$OUTPUT")" != complete ]; then
+    echo "$OUTPUT is not complete: take the hosts that are gone out of ${HOSTS:-the job} and start this again" >&2
+    exit 1
+fi

@@ -132,7 +132,7 @@ class Slurm:
         """The nodes that a job has."""
         return self.on_login("scontrol", "show", "hostnames", self.facts(job)["NodeList"]).stdout.split()
 
-    def wait_for(self, job: str, *states: str, timeout: float = 120) -> dict[str, str]:
+    def wait_for(self, job: str, *states: str, timeout: float = 240) -> dict[str, str]:
         """Waits until a job is in one of ``states`` (by default, has ended); returns its facts."""
         facts: dict[str, str] = {}
 
@@ -166,7 +166,7 @@ class Slurm:
         return path.read_text() if path.is_file() else ""
 
 
-def wait(condition, timeout: float = 120, explain=lambda: "", pause: float = 0.1) -> None:
+def wait(condition, timeout: float = 240, explain=lambda: "", pause: float = 0.1) -> None:
     """Returns as soon as ``condition()`` is true; AssertionError with ``explain()`` after ``timeout`` seconds."""
     end = time.monotonic() + timeout
     while not condition():

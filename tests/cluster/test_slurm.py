@@ -24,11 +24,9 @@ def succeeded(slurm, job):
 def test_jobs_of_one_step(slurm, work, user):
     """One node, several, ranks of several threads, and mpirun inside a job: the same answers, and the file says where from."""
     nodes = "--nodes=2", "--ntasks-per-node=1"
-    jobs = {"cpu.slurm": ("2x1x1", 1, 1, user.submit("cpu.slurm", output="cpu.h5")),
-            "nodes.slurm": ("1x2x1", 2, 1, user.submit("nodes.slurm", output="nodes.h5")),
-            "hybrid.slurm": ("1x1x1", 1, 2, user.submit("hybrid.slurm", output="hybrid.h5")),
-            "mpirun.sh": ("2x1x1", 2, 1, user.submit("mpirun.sh", *nodes, output="mpirun.h5"))}
-    for script, (grid, hosts, threads, (job, output)) in jobs.items():
+    for script, sbatch, grid, hosts, threads in (("cpu.slurm", (), "2x1x1", 1, 1), ("nodes.slurm", (), "1x2x1", 2, 1),
+                                                 ("hybrid.slurm", (), "1x1x1", 1, 2), ("mpirun.sh", nodes, "2x1x1", 2, 1)):
+        job, output = user.submit(script, *sbatch, output=f"{script}.h5")
         succeeded(slurm, job)
         facts = work.check(output)
         assert len(facts["hosts"]) == hosts and set(facts["hosts"]) <= set(slurm.nodes), script

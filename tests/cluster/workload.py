@@ -35,7 +35,7 @@ class Workload:
         """The file of prompts. One arrives every ``pace`` seconds, so that a job lasts long enough on any machine; the job and
         its answers are the same."""
         ids = [int(i) for i in prompt(CASE)]
-        entries = [{"id": f"q{i}", "token_ids": ids[i % 7 : i % 7 + 3 + i % 5], "max_tokens": 60 + 45 * (i % 4),
+        entries = [{"id": f"q{i}", "token_ids": ids[i % 7 : i % 7 + 3 + i % 5], "max_tokens": 20 + 15 * (i % 4),
                     "temperature": 0.8, "seed": i, "arrival_s": pace * i} for i in range(self.count)]
         if not pace:
             entries = [{name: value for name, value in entry.items() if name != "arrival_s"} for entry in entries]
