@@ -82,7 +82,7 @@ def kill_all(job):
     psutil.wait_procs(everything, 10)
 
 
-def mpirun(n, argv, *, mpi=None, timeout=60, env=None, cwd=None, options=()):
+def mpirun(n, argv, *, mpi=None, timeout=180, env=None, cwd=None, options=()):
     """Runs Python under mpirun with ``n`` ranks.
 
     ``argv`` are the arguments of the interpreter, such as ``["-m", "llama_hpc", "info", path]`` or ``["-c", code]``.

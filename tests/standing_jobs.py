@@ -24,7 +24,7 @@ class StandingJobs:
     def __init__(self, make_folder):
         self._make_folder, self._jobs = make_folder, {}
 
-    def run(self, n, argv, *, mpi=None, timeout=60, cwd=None):
+    def run(self, n, argv, *, mpi=None, timeout=180, cwd=None):
         """Runs ``llama-hpc ARGV`` on ``n`` ranks. Threads are those that ``argv`` asks for, or one; ``mpi``, ``timeout``, ``cwd``
         and what is returned are as in ``mpi_jobs.mpirun``: where the run ends the job, the next one gets another."""
         import mpi_jobs

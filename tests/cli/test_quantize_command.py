@@ -12,7 +12,7 @@ from llama_hpc.results import read_results
 
 PROMPTS = [{"token_ids": [5, 17, 300, 2, 9], "max_tokens": 6}, {"token_ids": [8], "max_tokens": 9, "temperature": 1.0, "seed": 3}]
 GRIDS = ("1x1x1", "1x1x2", "1x1x3", "1x3x1", "3x1x1")
-LIMIT = 20                      # seconds that bad input may take
+LIMIT = 60                      # seconds that bad input may take, on a busy machine
 
 
 @pytest.fixture(scope="module")

@@ -64,30 +64,29 @@ def test_logits_and_packed_weights_on_every_grid(comm, checkpoints, name, weight
 @pytest.mark.parametrize(("weights_format", "spread_from"), [("q8", 0), ("q8", 1), ("q8", 3), ("f32", 1)])
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_with_every_reducer(comm, checkpoints, mode, weights_format, spread_from):
-    """All ranks, or as many as there are query heads, as one tensor group, to which rows are dealt if ``spread_from`` says so."""
-    group = comm.Split(0 if comm.rank < 4 else MPI.UNDEFINED, comm.rank)
-    if group != MPI.COMM_NULL:
-        expected = None
-        if comm.rank == 0:
-            alone = GridModel(checkpoints / "deep", weights_format, MPI.COMM_SELF, 1, 1, sequences=2, spread_from=spread_from)
-            expected = [alone.forward(batch) for batch in steps(alone.config.vocab_size)]
-            assert alone.stage.spread_steps == 0
-        expected = group.bcast(expected)
-        model = GridModel(checkpoints / "deep", weights_format, group, 1, group.size, sequences=2, reduce=mode,
-                          spread_from=spread_from)
-        reducer = model.stage.reducer
-        assert reducer.mode == (mode if group.size > 1 else "mpi")
-        for batch, logits in zip(steps(model.config.vocab_size), expected, strict=True):
-            found = model.forward(batch)
-            assert found is None or np.array_equal(bits(found), bits(logits))
-        sizes = [batch.rows for batch in steps(model.config.vocab_size)]
-        spread = sum(rows >= spread_from for rows in sizes) if spread_from and group.size > 1 else 0
-        assert model.stage.spread_steps == spread and sizes == [12, 12, 2, 2, 2]
-        joins = len(expected) * (2 * model.config.num_layers + 3)
-        assert spread or reducer.calls == (joins if group.size > 1 else 0)
-        assert (reducer.nanoseconds[0] > 0) == (group.size > 1)
-        group.Barrier()
-        reducer.free()
+    """All ranks as one tensor group, to which rows are dealt if ``spread_from`` says so."""
+    if comm.size > 4:
+        pytest.skip("what there is to see is seen on four ranks")
+    expected = None
+    if comm.rank == 0:
+        alone = GridModel(checkpoints / "deep", weights_format, MPI.COMM_SELF, 1, 1, sequences=2, spread_from=spread_from)
+        expected = [alone.forward(batch) for batch in steps(alone.config.vocab_size)]
+        assert alone.stage.spread_steps == 0
+    expected = comm.bcast(expected)
+    model = GridModel(checkpoints / "deep", weights_format, comm, 1, comm.size, sequences=2, reduce=mode, spread_from=spread_from)
+    reducer = model.stage.reducer
+    assert reducer.mode == (mode if comm.size > 1 else "mpi")
+    for batch, logits in zip(steps(model.config.vocab_size), expected, strict=True):
+        found = model.forward(batch)
+        assert found is None or np.array_equal(bits(found), bits(logits))
+    sizes = [batch.rows for batch in steps(model.config.vocab_size)]
+    spread = sum(rows >= spread_from for rows in sizes) if spread_from and comm.size > 1 else 0
+    assert model.stage.spread_steps == spread and sizes == [12, 12, 2, 2, 2]
+    joins = len(expected) * (2 * model.config.num_layers + 3)
+    assert spread or reducer.calls == (joins if comm.size > 1 else 0)
+    assert (reducer.nanoseconds[0] > 0) == (comm.size > 1)
+    comm.Barrier()
+    reducer.free()
 
 
 @pytest.mark.parametrize(("name", "weights_format", "overlap_from"),
@@ -96,6 +95,8 @@ def test_logits_with_every_reducer(comm, checkpoints, mode, weights_format, spre
 def test_logits_with_sums_under_way(comm, checkpoints, mode, name, weights_format, overlap_from):
     """Steps in two halves, whose sums travel in turn: with every reducer but that which has nothing to send."""
     size = min(4, open_checkpoint(checkpoints / name).config.num_heads)
+    if comm.size > 4:
+        pytest.skip("what there is to see is seen on four ranks")
     group = comm.Split(0 if comm.rank < size else MPI.UNDEFINED, comm.rank)
     if group != MPI.COMM_NULL:
         batches, expected = list(steps(100)), None
