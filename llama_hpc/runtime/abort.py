@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from array import array
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
 from typing import NoReturn
@@ -60,9 +60,13 @@ def end_process(code: int) -> NoReturn:
     atexit._run_exitfuncs()
     if (MPI := started_mpi()) is not None:
         MPI.Finalize()
-    with suppress(BrokenPipeError):
+    try:
         sys.stdout.flush()
-        sys.stderr.flush()
+    except OSError as error:
+        code = code or 1
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"llama-hpc: error: cannot write to the standard output: {error.strerror}\n")
+    sys.stderr.flush()
     os._exit(code)
 
 

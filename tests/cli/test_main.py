@@ -1,5 +1,6 @@
 """The frame of the command line: help, version, usage errors, alone and under mpirun."""
 
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,15 @@ def test_help_imports_nothing_heavy(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: llama-hpc")
+
+
+def test_output_that_cannot_be_written_is_an_error():
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "llama_hpc", "--version"], stdout=full, stderr=subprocess.PIPE, text=True,
+                              env=env)
+    assert done.returncode == 1
+    assert done.stderr == "llama-hpc: error: cannot write to the standard output: No space left on device\n"
 
 
 def test_help_is_quick():
