@@ -25,7 +25,8 @@ class Heartbeat:
     def beat(self, tokens: int, progress: Progress) -> None:
         """Logs the line: so many ``tokens`` have come about since the start."""
         now = time.monotonic()
-        rate = (tokens - self._tokens) / (now - self._last)
+        # Fewer than before: what is loaded answers something else now, and counts anew.
+        rate = (tokens - (self._tokens if tokens >= self._tokens else 0)) / (now - self._last)
         self._last, self._tokens = now, tokens
         _LOG.info("%s", "; ".join([f"alive: {rate:.1f} tokens/s, {progress.done} of {progress.total} {progress.unit}",
                                    f"memory: {memory_text()}", *device_facts()]))
