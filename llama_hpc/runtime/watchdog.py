@@ -235,4 +235,5 @@ def _end() -> None:
 def forget(ranks: Iterable[int]) -> None:
     """Ranks of the world that are gone, and that nobody waits for any more."""
     if _current is not None:
-        _current.ranks -= set(ranks)
+        # Another set: the watchdog may be going through this one.
+        _current.ranks = _current.ranks - set(ranks)
