@@ -65,14 +65,12 @@ class SurvivingJob(Job):
 
     def run(self) -> int:
         code = super().run()
-        if self.survivors.lost:
-            # Behind a loss MPI_Finalize may wait for ever.
-            with suppress(*FAILURES):
-                self.survivors.meet()
-            logging.shutdown()
-            sys.stdout.flush()
-            os._exit(code)
-        return code
+        # In MPI_Finalize the others may wait for ever for a rank that is lost, be it in these last moments.
+        with suppress(*FAILURES):
+            self.survivors.meet()
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
 
     def answer_all(self) -> None:
         shift, unexplained = None, 0
