@@ -65,11 +65,10 @@ def stopped(argv, folder, rank, mpi):
 @pytest.fixture(scope="module")
 def jobs(model, prompts, tmp_path_factory):
     """All cases, several at a time: their outputs and what came of them."""
-    def run(grid, rank, mpi, _):
-        output = tmp_path_factory.mktemp("job") / "out.h5"
+    def run(output, grid, rank, mpi, _):
         return output, stopped(arguments(model, prompts, output, "--grid", grid), ProgressFolder(output), rank, mpi)
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, *case) for name, case in CASES.items()}
+    with ThreadPoolExecutor(4) as pool:
+        yield {name: pool.submit(run, tmp_path_factory.mktemp("job") / "out.h5", *case) for name, case in CASES.items()}
 
 
 @pytest.mark.parametrize("name", CASES)

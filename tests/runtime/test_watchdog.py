@@ -71,8 +71,9 @@ def steps_that_go_on(comm):
     comm.Barrier()
     Path("begun").touch()
     with doing("steps", steps=steps):
-        while steps.step < 400:
-            time.sleep(0.01)
+        while steps.step < 5:
+            for _ in range(10):
+                time.sleep(0.1)
             steps.step += 1
     comm.Barrier()
 
@@ -96,6 +97,8 @@ def suspended(folder):
                           stderr=subprocess.STDOUT, text=True, cwd=folder) as job:
         while not (folder / "begun").exists() and job.poll() is None:
             time.sleep(0.05)
+        # In the midst of a step.
+        time.sleep(0.4)
         ranks = [process for process in psutil.Process(job.pid).children(recursive=True) if SUSPENDED in process.cmdline()]
         for number, seconds in ((signal.SIGSTOP, 2 * LIMIT), (signal.SIGCONT, 0)):
             for process in ranks:
@@ -108,14 +111,13 @@ def suspended(folder):
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
     """All cases, several at a time, as they do little but wait: (the job, its folder)."""
-    def run(case):
-        folder = tmp_path_factory.mktemp("job")
+    def run(case, folder):
         if case == SUSPENDED:
             return suspended(folder), folder
         ranks = 1 if case == ALONE else 3
         return mpi_jobs.mpirun(ranks, ["-c", PROGRAM, case.split()[0]], timeout=60, cwd=folder), folder
     with ThreadPoolExecutor(4) as pool:
-        yield {case: pool.submit(run, case) for case in (ALONE, SUSPENDED, *HANGS, *FINE)}
+        yield {case: pool.submit(run, case, tmp_path_factory.mktemp("job")) for case in (ALONE, SUSPENDED, *HANGS, *FINE)}
 
 
 def line_of(jobs, case):
