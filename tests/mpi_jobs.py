@@ -18,7 +18,7 @@ MPI = os.environ.get("LLAMA_HPC_TEST_MPI", USUAL)
 # A test starts jobs of its own, whatever job it runs in itself; these choose their threads and their cache themselves. Without
 # bytecode on the disk every process would spend a third of its start on compiling the package.
 _NOT_FOR_JOBS = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "FLUX_", "HYDRA_", "MPI4PY_", "OMP_",
-                 "NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR", "PYTHONDONTWRITEBYTECODE")
+                 "NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR", "PYTHONDONTWRITEBYTECODE", "LLAMA_HPC_TEST_MPI")
 
 # Root in containers, more ranks than cores (waiting ones give way), a start in 0.1 s instead of 1.1 s, no complaints about
 # absent UCX devices.

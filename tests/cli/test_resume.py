@@ -77,11 +77,11 @@ def killed(ranks, argv, folder, answers):
         mpi_jobs.kill_all(job)
 
 
-def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(command, model, prompts, undisturbed, tmp_path):
+def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(command, model, prompts, slow_prompts, undisturbed, tmp_path):
     output, folder = tmp_path / "out.h5", ProgressFolder(tmp_path / "out.h5")
     kept = 0
     for ranks, grid, answers in ((2, "2x1x1", 2), (3, "1x3x1", 5), (2, "1x1x2", 11)):
-        killed(ranks, arguments(model, prompts, output, "--grid", grid, "--resume"), folder, answers)
+        killed(ranks, arguments(model, slow_prompts, output, "--grid", grid, "--resume"), folder, answers)
         assert not output.exists() and answers_in(folder) >= max(kept, answers)
         kept = answers_in(folder)
     # What a rank had half written.
@@ -116,10 +116,10 @@ def test_a_complete_output_is_left_as_it_is(command, model, prompts, undisturbed
 
 
 @pytest.fixture
-def unfinished(model, prompts, tmp_path):
+def unfinished(model, slow_prompts, tmp_path):
     """The output of a job that was killed early."""
     output = tmp_path / "out.h5"
-    killed(1, arguments(model, prompts, output), ProgressFolder(output), 1)
+    killed(1, arguments(model, slow_prompts, output), ProgressFolder(output), 1)
     assert not output.exists()
     return output
 
