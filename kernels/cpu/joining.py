@@ -19,7 +19,7 @@ from .waiting import advance, wait_unless
 SUM, MAXIMUM, BITS, FINISH, OWNED = range(5)
 ARRIVED, PHASE, MEETING_WORDS = 0, 8, 16        # words of a meeting point: each on a line of its own; behind PHASE its sleepers
 STEP = 512                      # numbers of a task
-GONE = 1                        # status of a meeting to which not all will come
+GONE = 1 << 62                  # status of a meeting to which not all will come; no fault of a tensor
 
 # meeting: address of a meeting point of ``ranks`` processes; spins: looks at it before sleeping; spent: an int64, nanoseconds;
 # alarm: address of what ends the waiting (see ``waiting.Alarm``), or 0.

@@ -161,10 +161,10 @@ class Steps:
     def _note(self, program: Program) -> None:
         """The first fault of a program: two bits for each of the tensors that an operation is named after.
 
-        Raises RankLost where a meeting, which no tensor names, was given up.
+        Raises RankLost where a meeting was given up.
         """
         for (layer, tensors), status in zip(program.names, program.status.tolist(), strict=True):
-            if status and not tensors:
+            if status == joining.GONE:
                 raise RankLost("a rank of this tensor group is gone")
             for place, tensor in enumerate(tensors):
                 found = status >> (2 * place) & 3
