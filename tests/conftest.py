@@ -55,6 +55,14 @@ def logged(monkeypatch):
     logger.setLevel(level)
 
 
+@pytest.fixture(autouse=True)
+def affinity():
+    """A command in this process binds it to cores; the next test has all of them again."""
+    cpus = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, cpus)
+
+
 @pytest.fixture(scope="session")
 def test_data():
     """The folder that LLAMA_HPC_TEST_DATA names (with models/ and texts/); skips the test when it is not set."""

@@ -40,6 +40,9 @@ class PartFile:
     def sync(self) -> None:
         """Returns when everything is on disk, and in its place: else who looks for it there would not find it."""
         os.fsync(self._file)
+        # ext4 that has turned read-only behind an error calls that a success.
+        if os.fstatvfs(self._file).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if not self.in_place():
             raise FileNotFoundError(errno.ENOENT, "the file has vanished")
         self.safe = os.fstat(self._file).st_size

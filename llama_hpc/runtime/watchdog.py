@@ -70,8 +70,8 @@ class Watchdog(threading.Thread):
         before = time.monotonic()
         while not self._over.wait(self._tick):
             now = time.monotonic()
-            # More has passed where the process was suspended.
-            passed, before = min(now - before, 2 * self._tick), now
+            # More has passed where the process was suspended; less than that is a busy machine.
+            passed, before = min(now - before, 5 * self._tick), now
             self._watch(passed)
             try:
                 self._take_part(passed)
@@ -117,7 +117,7 @@ class Watchdog(threading.Thread):
         if self.alone:
             faulthandler.cancel_dump_traceback_later()
             if on:
-                faulthandler.dump_traceback_later(2 * (self.limit + self._patience) + 5, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(2 * (self.limit + self._patience) + 10, exit=True, file=sys.__stderr__)
 
     def _take_part(self, passed: float) -> None:
         """Asks others, answers them, and judges. Raises OSError."""

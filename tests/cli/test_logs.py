@@ -35,7 +35,7 @@ def test_three_ranks(mpirun, model, prompts, tmp_path):
     output, logs = tmp_path / "out.h5", tmp_path / "logs"
     # Frequent samples, as of a long job.
     job = mpirun(3, [TOOLS / "short_of_memory.py", "none", *arguments(model, prompts, output, "--grid", "1x1x3"),
-                     "--log-dir", logs, "--log-json", "--heartbeat", "0.2"])
+                     "--log-dir", logs, "--log-json", "--heartbeat", "0.02"])
     assert job.returncode == 0, job.stderr
     lines = [re.sub(r"^\[ *[\d.]+ s\] ", "", line) for line in job.stderr.splitlines()]
     table = next(number for number, line in enumerate(lines) if line.split()[:2] == ["ranks", "host"])
