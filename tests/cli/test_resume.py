@@ -77,7 +77,8 @@ def killed(ranks, argv, folder, answers):
         mpi_jobs.kill_all(job)
 
 
-def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(command, model, prompts, slow_prompts, undisturbed, tmp_path):
+def test_a_job_killed_again_and_again_ends_with_the_undisturbed_digest(command, model, prompts, slow_prompts, undisturbed,
+                                                                       tmp_path):
     output, folder = tmp_path / "out.h5", ProgressFolder(tmp_path / "out.h5")
     kept = 0
     for ranks, grid, answers in ((2, "2x1x1", 2), (3, "1x3x1", 5), (2, "1x1x2", 11)):

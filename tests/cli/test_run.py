@@ -321,7 +321,8 @@ def test_the_file_says_where_the_answers_come_from(mpirun, model, tmp_path):
         results.verify()
         timing = results.outputs_of(0)[0].timing
     versions = ("llama_hpc", "python", "numpy", "numba", "mpi4py", "h5py", "mpi_library")
-    assert all(facts[name] for name in versions) and {"openmpi": "Open MPI", "mpich": "MPICH"}[mpi_jobs.MPI] in facts["mpi_library"]
+    library = {"openmpi": "Open MPI", "mpich": "MPICH"}[mpi_jobs.MPI]
+    assert all(facts[name] for name in versions) and library in facts["mpi_library"]
     assert facts["command"].endswith("--seed 9 --hash-weights") and f"run {model} " in facts["command"]
     assert facts["model"]["path"] == str(model) and len(bytes.fromhex(facts["model"]["content_hash"])) == 32
     assert facts["weights"] == "q3_5" and facts["seed"] == 9 and facts["ranks"] == 1
