@@ -15,6 +15,10 @@ from llama_hpc.runtime import numba_setup
 numba_setup.configure(threads=2)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run CUDA kernels on a GPU in place of the emulated one")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "openmpi: what only Open MPI can do, such as to outlive ranks")
 

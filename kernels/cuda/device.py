@@ -1,0 +1,127 @@
+"""One GPU: its memory, and the launching of kernels. Through CuPy, which is imported when a device is opened.
+
+Launchers elsewhere in this folder take a ``Device`` and its arrays; anything with the same methods will do for one.
+"""
+
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from .compiler import OLDEST, compile_source
+
+
+class DeviceError(RuntimeError):
+    """No GPU, one that is too old, or one that was lost; says which, and what to do."""
+
+
+class Device:
+    """The GPU ``number`` of this process. Everything happens in order on one stream, beside the host.
+
+    ``architecture``: 90 for sm_90. ``multiprocessors``: how many blocks at least keep it busy. Raises DeviceError.
+    """
+
+    def __init__(self, number: int = 0):
+        self._cupy = _cupy()
+        self.number = number
+        try:
+            self._device = self._cupy.cuda.Device(number)
+            self._device.use()
+            facts = self._cupy.cuda.runtime.getDeviceProperties(number)
+        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            raise DeviceError(f"GPU {number} cannot be used: {error}") from None
+        self.name = facts["name"].decode()
+        self.architecture, self.multiprocessors = 10 * facts["major"] + facts["minor"], facts["multiProcessorCount"]
+        if self.architecture < OLDEST:
+            raise DeviceError(f"{self.name} has architecture sm_{self.architecture}: sm_{OLDEST} or newer is needed")
+        self.stream = self._cupy.cuda.Stream(non_blocking=True)
+        self._kernels: dict[tuple[str, str], Any] = {}
+        self._modules: dict[str, Any] = {}
+
+    def zeros(self, shape, dtype):
+        """An array of zeros on the device."""
+        with self.stream:
+            return self._cupy.zeros(shape, dtype)
+
+    def upload(self, array: np.ndarray, out=None):
+        """A copy of ``array`` on the device: into ``out``, or a new one. From pinned memory the host does not wait."""
+        with self.stream:
+            if out is None:
+                out = self._cupy.empty(array.shape, array.dtype)
+            out.set(np.ascontiguousarray(array), stream=self.stream)
+        return out
+
+    def download(self, array, out: np.ndarray | None = None) -> np.ndarray:
+        """A copy of a device array on the host, into ``out`` (contiguous) if given. Waits for what was launched before."""
+        with self.stream:
+            return array.get(stream=self.stream, out=out)
+
+    def pinned(self, shape, dtype) -> np.ndarray:
+        """An array of zeros of the host, in memory that the device reads at full speed."""
+        import cupyx
+        return cupyx.zeros_pinned(shape, dtype)
+
+    def launch(self, file: str, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], *arguments, shared: int = 0) -> None:
+        """Runs ``kernel`` of ``file`` on ``grid`` blocks of ``block`` threads with ``shared`` bytes of shared memory.
+
+        Arguments are device arrays (or None) for pointers, int for int, float for float, NumPy scalars for what they are.
+        """
+        self._kernel(file, kernel, shared)(_three(grid), _three(block), tuple(map(_argument, arguments)), shared_mem=shared,
+                                           stream=self.stream)
+
+    def _kernel(self, file: str, kernel: str, shared: int):
+        if (file, kernel) not in self._kernels:
+            if file not in self._modules:
+                module = self._cupy.cuda.function.Module()
+                module.load(compile_source(file, self.architecture))
+                self._modules[file] = module
+            self._kernels[file, kernel] = self._modules[file].get_function(kernel)
+        return self._kernels[file, kernel]
+
+    def synchronize(self) -> None:
+        """Waits until everything launched is done. Raises DeviceError where the device was lost."""
+        try:
+            self.stream.synchronize()
+        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            raise DeviceError(f"{self.name} was lost: {error}") from None
+
+    @contextmanager
+    def capture(self):
+        """Records what is launched inside, instead of running it, into a list that ``replay`` takes."""
+        recorded: list[Any] = []
+        with self.stream:
+            self.stream.begin_capture()
+            try:
+                yield recorded
+            finally:
+                recorded.append(self.stream.end_capture())
+
+    def replay(self, recorded: list[Any]) -> None:
+        """Runs what was captured."""
+        recorded[0].launch(stream=self.stream)
+
+    def free_bytes(self) -> int:
+        """Memory that may still be had."""
+        return self._cupy.cuda.runtime.memGetInfo()[0]
+
+
+@cache
+def _cupy():
+    try:
+        import cupy
+    except ImportError as error:
+        raise DeviceError(f"CuPy cannot be imported ({error}): pip install 'llama_hpc[gpu]'") from None
+    return cupy
+
+
+def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:
+    return (*sizes, 1, 1)[:3]
+
+
+def _argument(value):
+    if value is None:
+        return np.uint64(0)
+    if isinstance(value, int):
+        return np.int32(value)
+    return np.float32(value) if isinstance(value, float) else value

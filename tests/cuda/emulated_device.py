@@ -1,0 +1,140 @@
+"""A GPU that is none: kernels compiled by the host's C++ compiler and run by ``cuda_emulation.h``, with ``Device``'s methods.
+
+Its arrays are NumPy's. Behind each lie guard bytes, which ``check``, and every download, finds changed where a kernel wrote
+too far.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from llama_hpc.kernels.cuda import compiler
+
+FOLDER = Path(__file__).parent
+GUARD = 256
+_KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(|^KERNEL\((\w+)", re.MULTILINE)
+_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-march=native", "-fPIC", "-shared", "-w", "-DLLAMA_HPC_EMULATION")
+
+
+def missing() -> str:
+    """Why there can be no emulation here; empty where there can."""
+    return "" if shutil.which("g++") else "g++ is not installed"
+
+
+def build(name: str) -> Path:
+    """The library of a ``.cu`` file, compiled unless that was done before."""
+    texts = compiler.sources() | {"cuda_emulation.h": (FOLDER / "cuda_emulation.h").read_text()}
+    key = hashlib.sha256(repr((sorted(texts.items()), _FLAGS)).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"llama_hpc-emulation-{os.getuid()}"
+    library = folder / f"{name}-{key}.so"
+    if library.exists():
+        return library
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for file, text in texts.items():
+            Path(scratch, file).write_text(text)
+        names = [a or b for a, b in _KERNEL.findall(texts[name])]
+        unit = Path(scratch, "unit.cpp")
+        unit.write_text(f'#include "{name}"\n' + "".join(f"EXPORT({kernel})\n" for kernel in names))
+        job = subprocess.run(["g++", *_FLAGS, f"-I{scratch}", str(unit), "-o", f"{scratch}/library.so"], capture_output=True,
+                             text=True, check=False)
+        assert job.returncode == 0, job.stderr
+        os.replace(f"{scratch}/library.so", library)
+    return library
+
+
+class EmulatedDevice:
+    """``Device`` without one. Threads of a block take turns in ascending or ``descending`` order."""
+
+    name, number, architecture, multiprocessors = "emulated", 0, 90, 4
+
+    def __init__(self, descending: bool = False):
+        self.descending, self.launches = descending, 0
+        self._libraries: dict[str, ctypes.CDLL] = {}
+        self._guarded: list[np.ndarray] = []
+        self._recorded: list | None = None
+
+    def zeros(self, shape, dtype):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = np.full(size + GUARD + 64, 0xA5, np.uint8)
+        start = -memory.ctypes.data % 64
+        memory[start : start + size] = 0
+        self._guarded.append(memory[start + size :])
+        return memory[start : start + size].view(dtype).reshape(shape)
+
+    def upload(self, array, out=None):
+        out = self.zeros(array.shape, array.dtype) if out is None else out
+        self._do(lambda: np.copyto(out, array))
+        return out
+
+    def download(self, array, out=None):
+        self.check()
+        out = np.empty(array.shape, array.dtype) if out is None else out
+        self._do(lambda: np.copyto(out, array))
+        return out
+
+    def pinned(self, shape, dtype):
+        return np.zeros(shape, dtype)
+
+    def check(self):
+        """Raises AssertionError where somebody wrote behind an array."""
+        for guard in self._guarded:
+            assert (guard == 0xA5).all(), "a kernel wrote behind the end of an array"
+
+    def launch(self, file, kernel, grid, block, *arguments, shared=0):
+        if file not in self._libraries:
+            self._libraries[file] = ctypes.CDLL(str(build(file)))
+        function = getattr(self._libraries[file], f"launch_{kernel}")
+        assert shared <= 227 << 10 and int(np.prod(block)) <= 1024 and all(grid)
+        sizes = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
+        values = [_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+
+        def run(keep=arguments):
+            self.launches += 1
+            function(sizes, ctypes.c_size_t(shared), int(self.descending), pointers)
+        self._do(run)
+        run.values = values
+
+    def synchronize(self):
+        pass
+
+    @contextmanager
+    def capture(self):
+        self._recorded = recorded = []
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
+    def replay(self, recorded):
+        for action in recorded:
+            action()
+
+    def free_bytes(self):
+        return 1 << 30
+
+    def _do(self, action):
+        if self._recorded is None:
+            action()
+        else:
+            self._recorded.append(action)
+
+
+def _value(argument):
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if isinstance(argument, np.ndarray):
+        assert argument.flags.c_contiguous or argument.ndim
+        return ctypes.c_void_p(argument.ctypes.data)
+    if isinstance(argument, np.generic):
+        return np.ctypeslib.as_ctypes_type(argument.dtype)(argument.item())
+    return ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_float(argument)
