@@ -57,6 +57,11 @@ class Device:
         with self.stream:
             return array.get(stream=self.stream, out=out)
 
+    def fetch(self, array, out: np.ndarray) -> None:
+        """Begins to copy a device array into ``out``, contiguous and pinned: it is there after ``synchronize``."""
+        with self.stream:
+            array.get(stream=self.stream, out=out, blocking=False)
+
     def pinned(self, shape, dtype) -> np.ndarray:
         """An array of zeros of the host, in memory that the device reads at full speed."""
         import cupyx
