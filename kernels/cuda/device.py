@@ -35,6 +35,8 @@ class Device:
         self.architecture, self.multiprocessors = 10 * facts["major"] + facts["minor"], facts["multiProcessorCount"]
         if self.architecture < OLDEST:
             raise DeviceError(f"{self.name} has architecture sm_{self.architecture}: sm_{OLDEST} or newer is needed")
+        # Tells it from all others, on any host.
+        self.identity = facts["uuid"]
         self.stream = self._cupy.cuda.Stream(non_blocking=True)
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: dict[str, Any] = {}
