@@ -20,8 +20,8 @@ from llama_hpc.runtime.launch import environment_rank, is_first, let_first_speak
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _LAST = 3                       # seconds that MPI gets to end the job
-_WAIT, _PASS_ON = 0.1                 # for what a rank says last to get to the launcher
-_NAP = 1.5, 0.005        # seconds that a rank which has failed waits for the others; between looks
+_PASS_ON = 0.1                  # seconds that what a rank says last takes at most to get to the launcher
+_WAIT, _NAP = 1.5, 0.005        # seconds that a rank which has failed waits for the others; between looks
 
 _guarded = False                # whether an error that is not caught ends the job
 
