@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -33,7 +33,8 @@ from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cac
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.binding import launch_table, launch_warnings, own_place
-from llama_hpc.runtime.devices import Choice, memory_of
+from llama_hpc.runtime.devices import CPU, Choice, memory_of
+from llama_hpc.runtime.gpus import GpuMonitor
 from llama_hpc.runtime.heartbeat import Heartbeat
 from llama_hpc.runtime.launch import fault_tolerant
 from llama_hpc.runtime.progress import Progress
@@ -88,10 +89,14 @@ class ModelJob:
         self.incidents: Counter[str] = Counter()        # of this rank, see ``engine.incidents``
         with agreed(comm, "choosing the places of the threads"):
             self.places = thread_places(self.threads)
-        self.devices = take_devices(comm, node, settings.device)    # of the ranks of this node
-        self.device = self.devices[node.rank]
-        self.binding = own_place(self.threads, self.places, device=self.device)
-        self.heartbeat = Heartbeat(settings.heartbeat)
+            self.binding = own_place(self.threads, self.places)
+        self._take(take_devices(comm, node, settings.device))
+
+    def _take(self, devices: Sequence[Choice]) -> None:
+        """What this rank computes on, of ``devices`` of the ranks of this node. Not collective."""
+        self.device = devices[self.node.rank]
+        self.binding = replace(self.binding, device=self.device)
+        self.heartbeat, self.monitor = Heartbeat(self.settings.heartbeat, devices), GpuMonitor(self.device)
 
     def examine(self) -> Checkpoint:
         """The checkpoint, checked as far as it can be without reading weights; its name goes to ``facts``. Not collective."""
@@ -133,17 +138,11 @@ class ModelJob:
         except UsageError as error:
             if not gpus or self.settings.device == "gpu":
                 raise
-            self.use_cpu(str(error))
+            self._take([CPU] * self.node.size)
             shape = self._fitting_shape(sizes, reserved, gpus=False)
             if self.first:
                 _LOG.warning("all ranks compute on the CPU: %s", error)
             return shape
-
-    def use_cpu(self, why: str) -> None:
-        """This rank, and all others, compute on the CPU after all. Not collective."""
-        self.devices = [Choice(why=why, surprising=True)] * self.node.size
-        self.device = self.devices[self.node.rank]
-        self.binding = replace(self.binding, device=self.device)
 
     def _fitting_shape(self, sizes: tuple[int, ...], reserved: int, gpus: bool) -> GridShape:
         config, context = self.checkpoint.config, self.settings.context_parallel
@@ -264,7 +263,7 @@ class ModelJob:
                  **chosen: Any) -> None:
         """Completes ``facts``: ``work`` is what this rank did, ``options`` what was asked for, ``chosen`` what was found where no
         option said so."""
-        ranks = self.comm.gather(self.place(stage) | work)
+        ranks = self.comm.gather(self.place(stage) | work | self.monitor.work())
         stage.free()
         if self.first:
             self.complete_facts(ranks, self.grid.shape, self.content_hash, seconds, options, chosen)

@@ -32,13 +32,13 @@ class Place:
     device: Choice = CPU
 
 
-def own_place(threads: int, places: list[set[int]] | None, root: Path = ROOT, device: Choice = CPU) -> Place:
+def own_place(threads: int, places: list[set[int]] | None, root: Path = ROOT) -> Place:
     """That of this process, whose threads are about to be bound to ``places`` (see ``thread_places``)."""
     mask = os.sched_getaffinity(0)
     cpus = frozenset(mask if places is None else set().union(*places))
     numa = frozenset(number for number, node in enumerate(numa_nodes(root)) if node & cpus)
     return Place(hostname(), threads, cpus, frozenset(cores_of(cpus, root)), numa, places is not None, node_cores(root),
-                 cpus == node_cpus(root), device)
+                 cpus == node_cpus(root))
 
 
 def rank_text(ranks: Iterable[int]) -> str:

@@ -121,20 +121,24 @@ def without_gpu(choices: Sequence[Choice], hosts: Sequence[str]) -> tuple[str, b
     # What surprises comes first: some nodes may have GPUs that cannot be used, and others none.
     reasons = list(dict.fromkeys(choices[rank].why for rank in sorted(ranks, key=lambda rank: not choices[rank].surprising)))
     places = list(dict.fromkeys(hosts[rank] for rank in ranks if choices[rank].why == reasons[0]))
-    where = places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more hosts"
-    others = f"; {len(reasons) - 1} more reasons elsewhere" if len(reasons) > 1 else ""
+    where = places[0] if len(places) == 1 else f"{places[0]} and {_more(places, 'host')}"
+    others = f"; {_more(reasons, 'reason')} elsewhere" if len(reasons) > 1 else ""
     whose = "all ranks compute" if len(ranks) == len(choices) else \
         f"ranks {cpu_text(set(ranks))} compute" if len(ranks) > 1 else f"rank {ranks[0]} computes"
     return (f"{whose} on the CPU: {reasons[0]} ({where}){others}",
             any(choice.surprising or choice.kind == "gpu" for choice in choices))
 
 
-def memory_of(choice: Choice, ranks_on_node: int, free: Callable[[int], int] = free_memory) -> int:
-    """Bytes that a rank may use for weights, cache and buffers: what its GPU has ``free``, or its share of the node's memory.
-    Raises DeviceUnavailable."""
+def _more(things: list[str], name: str) -> str:
+    return f"{len(things) - 1} more {name}{'s' * (len(things) > 2)}"
+
+
+def memory_of(choice: Choice, ranks_on_node: int, free: Callable[[int], int] | None = None) -> int:
+    """Bytes that a rank may use for weights, cache and buffers: what its GPU has ``free`` (default: ``free_memory``), or
+    its share of the node's memory. Raises DeviceUnavailable."""
     if choice.kind == "cpu":
         return available_memory() // ranks_on_node
     try:
-        return free(choice.number)
+        return (free or free_memory)(choice.number)
     except DeviceError as error:
         raise DeviceUnavailable(f"{choice.text} of {hostname()}: {error}") from None
