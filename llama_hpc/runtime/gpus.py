@@ -24,6 +24,8 @@ class GpuMonitor:
         self.choice = choice
         self._nvml = _nvml() if choice.kind == "gpu" else None
         self._handle = self._ask(lambda nvml: nvml.nvmlDeviceGetHandleByPciBusId(choice.bus))
+        if self._handle is None:
+            self._nvml = None
         self._counted = self._counts()
 
     def facts(self) -> list[str]:
