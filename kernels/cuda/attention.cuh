@@ -60,7 +60,8 @@ __device__ inline float2 load_pair(const int8_t* at) {
 }
 
 // exp(s - maximum) of one head's scores of a block in place of them, a warp together; returns their sum, on all lanes, and sets
-// ``maximum``. A NaN among the scores becomes a NaN weight. ``value_scales`` [256], or null, multiply the weights behind the sum.
+// ``maximum``. A NaN among the scores becomes a NaN weight, masked ones become zeros. ``value_scales`` [256], or null, multiply the
+// weights behind the sum.
 __device__ inline float weigh_scores(float* scores, int low, int high, const float* value_scales, float& maximum) {
     constexpr int EACH = ATTENTION_BLOCK / 32;
     float mine[EACH];
@@ -76,10 +77,10 @@ __device__ inline float weigh_scores(float* scores, int low, int high, const flo
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int position = threadIdx.x % 32 + 32 * i;
-        if (position < low || position >= high) continue;
-        float weight = canonical_exp(mine[i] - maximum);
+        bool masked = position < low || position >= high;
+        float weight = masked ? 0.0f : canonical_exp(mine[i] - maximum);
         total += to_fixed(weight);
-        scores[position] = value_scales ? weight * value_scales[position] : weight;
+        scores[position] = masked || !value_scales ? weight : weight * value_scales[position];
     }
     return from_fixed(warp_sum(total));
 }

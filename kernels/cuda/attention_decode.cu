@@ -182,15 +182,11 @@ __device__ inline float2 scales_at(const uint16_t* scales, const int* table, int
     return load_pair(scales + ((int64)table[page] * kv_heads + kv_head) * PAGE + column);
 }
 
-// Grid: blocks that a row may see, KV heads x parts of up to ``tile`` of their query heads (a power of two), rows. ``alone``: [i]
-// tells whether row first_row + i is to be done here; null: all are. Shared memory: see attention.py.
-template <class T> __device__ void decode(const Attention& a, const int* alone, int tile) {
-    DYNAMIC_SHARED(shared);
-    int row = a.first_row + blockIdx.z, kv_head = blockIdx.y % a.kv_heads, skipped = blockIdx.y / a.kv_heads * tile;
-    if (row >= *a.rows || (alone && !alone[blockIdx.z])) return;
-    int head = a.head_starts[kv_head] + skipped, heads = min(a.head_starts[kv_head + 1] - head, tile);
-    int position = a.positions[row], block = first_block(position, a.window) + blockIdx.x;
-    if (heads <= 0 || block > position / ATTENTION_BLOCK) return;
+// The block blockIdx.x of those that row first_row + ``index`` sees, for ``heads`` query heads of a KV head from ``head`` on.
+template <class T>
+__device__ void attend(const Attention& a, unsigned char* shared, int index, int kv_head, int head, int heads, int tile) {
+    int row = a.first_row + index, position = a.positions[row], block = first_block(position, a.window) + blockIdx.x;
+    if (block > position / ATTENTION_BLOCK) return;
     int2 span = visible(position, a.window, block);
     int width = padded(a.head_dim), q_width = (a.head_dim + 3) / 4 * 4;
     uint4* stages = (uint4*)shared;
@@ -214,7 +210,7 @@ template <class T> __device__ void decode(const Attention& a, const int* alone, 
     // The stream's barriers order these stores before the first use.
     for_heads(heads, Score<T>{stream, queries, q_width, a.head_dim, a.scale, factors, heads, scores});
     __syncthreads();
-    int64 place = ((int64)blockIdx.z * a.heads + head) * a.blocks + blockIdx.x;
+    int64 place = ((int64)index * a.heads + head) * a.blocks + blockIdx.x;
     for (int h = threadIdx.x / 32; h < heads; h += WARPS) {
         float maximum, sum = weigh_scores(scores + h * ATTENTION_BLOCK, span.x, span.y, a.value_scales ? value_scales : nullptr,
                                           maximum);
@@ -229,9 +225,25 @@ template <class T> __device__ void decode(const Attention& a, const int* alone, 
                               a.chains + place * width + own * stride + column, stride});
 }
 
+// Grid: blocks that a row may see, KV heads x parts of up to ``tile`` (a power of two) of their query heads, rows. With the plan of
+// attention_plan.cu the rows are those ``alone`` of which counts[2] tells the number, and blocks of threads take them in turn.
+// Shared memory: see attention.py.
+template <class T> __device__ void decode(const Attention& a, const int* alone, const int* counts, int tile) {
+    DYNAMIC_SHARED(shared);
+    int kv_head = blockIdx.y % a.kv_heads, head = a.head_starts[kv_head] + blockIdx.y / a.kv_heads * tile;
+    int heads = min(a.head_starts[kv_head + 1] - head, tile), count = alone ? counts[2] : min(*a.rows - a.first_row, (int)gridDim.z);
+    if (heads <= 0) return;
+    for (int i = blockIdx.z; i < count; i += gridDim.z) {
+        attend<T>(a, shared, alone ? alone[i] : i, kv_head, head, heads, tile);
+        __syncthreads();
+    }
+}
+
 #define KERNEL(name, T) \
     extern "C" __global__ void \
-    __launch_bounds__(THREADS, 3) name(ATTENTION_ARGUMENTS, const int* alone, int tile) { decode<T>({ATTENTION_OPERATION}, alone, tile); }
+    __launch_bounds__(THREADS, 3) name(ATTENTION_ARGUMENTS, const int* alone, const int* counts, int tile) { \
+        decode<T>({ATTENTION_OPERATION}, alone, counts, tile); \
+    }
 
 KERNEL(decode_half, uint16_t)
 KERNEL(decode_float, float)

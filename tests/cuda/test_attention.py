@@ -30,6 +30,38 @@ def test_bits_of_the_reference(device, kind, head_dim, heads, window):
     assert_same_bits(Pools(LENGTHS, 2, head_dim, kind), device, q, SEQUENCES, POSITIONS, heads, window)
 
 
+# A run of 13 rows into the next block between single rows of other sequences, and a short run.
+MIXED = [1, *[3] * 13, 2, 2, 2, 0], [16, *range(248, 261), 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim,heads,window", [(8, (16, 5), 0), (20, (8, 0), 0), (48, (7, 8), 150), (64, (8, 3), 0),
+                                                   (80, (8,), 5), (128, (8, 1), 0), (144, (8,), 300)])
+def test_tiles_of_rows(device, kind, head_dim, heads, window):
+    q = queries(len(MIXED[0]), sum(heads) * head_dim)
+    assert_same_bits(Pools(LENGTHS, len(heads), head_dim, kind), device, q, *MIXED, heads, window)
+
+
+def test_tiles_of_rows_where_each_has_one_head(device):
+    assert_same_bits(Pools([600], 2, 16, np.uint16), device, queries(100, 32), [0] * 100, np.arange(500, 600), (1, 1), chunk=70)
+
+
+def test_a_plan(device):
+    """Runs of 3 (whose rows do not follow), 300 and 2 rows, in tiles of 8, of which 4 rows are worth one."""
+    sequences, positions = [0, 0, 1, *[2] * 300, 3, 3], [5, 7, 8, *range(250, 550), 0, 1]
+    integers = [device.upload(np.array(x, np.int32)) for x in (sequences, positions, [305])]
+    scratch = Scratch(device, 320, 3, 1, 16)
+    plan = scratch.tiles, scratch.items, scratch.alone, scratch.counts
+    device.launch("attention_plan.cu", "plan_tiles", (1,), (256,), *integers, 0, 320, 0, 2, 8, 4, *plan)
+    tiles, items, alone, counts = map(device.download, plan)
+    starts = [0, 1, 2, *range(3, 303, 8), 303, 305]
+    blocks = [0, 0, 0, *((min(p + 7, 549) // 256 + 1) for p in range(250, 550, 8)), 0]
+    assert counts.tolist() == [len(starts) - 1, 2 * sum(blocks), 5]
+    assert tiles[: len(starts)].tolist() == starts
+    assert items[: len(starts)].tolist() == [0, *np.cumsum(blocks) * 2]
+    assert sorted(alone[:5]) == [0, 1, 2, 303, 304]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 33])
 def test_rows_of_one_sequence(device, rows):
     """More rows than the scratch holds at a time; a tile of heads with room to spare."""
