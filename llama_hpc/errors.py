@@ -40,5 +40,9 @@ class RankLost(LlamaHpcError):
     """Another rank has died, or has left what ranks were doing together because of that."""
 
 
+class DeviceUnavailable(LlamaHpcError):
+    """A GPU that was asked for is not there or cannot be used, or was lost."""
+
+
 class LaunchError(LlamaHpcError):
     """The processes were not started as one MPI job."""

@@ -3,7 +3,9 @@
 Launchers elsewhere in this folder take a ``Device`` and its arrays; anything with the same methods will do for one.
 """
 
+import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,9 +13,63 @@ import numpy as np
 
 from .compiler import OLDEST, compile_source
 
+# cudaError_t of the CUDA Runtime API.
+_INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100
+
 
 class DeviceError(RuntimeError):
     """No GPU, one that is too old, or one that was lost; says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """A GPU that this process may use: its ``number`` here, ``memory_bytes`` in all, ``architecture`` (90 for sm_90), where it is
+    on the PCI ``bus``; ``identity`` is the same in all processes of the node, and of one slice (MIG) of it only."""
+
+    number: int
+    name: str
+    memory_bytes: int
+    architecture: int
+    bus: str
+    identity: str
+
+
+def visible_devices() -> list[DeviceFacts]:
+    """The GPUs that CUDA_VISIBLE_DEVICES and the scheduler leave to this process. Opens none. Raises DeviceError."""
+    runtime = _cupy().cuda.runtime
+    try:
+        found = [(runtime.getDeviceProperties(number), runtime.deviceGetPCIBusId(number))
+                 for number in range(runtime.getDeviceCount())]
+    except runtime.CUDARuntimeError as error:
+        raise DeviceError(_explained(runtime, error)) from None
+    # CuPy cuts UUIDs at a zero byte: the bus alone tells whole GPUs apart.
+    return [DeviceFacts(number, facts["name"].decode(), facts["totalGlobalMem"], 10 * facts["major"] + facts["minor"], bus,
+                        f"{bus} {facts['uuid'].hex()}") for number, (facts, bus) in enumerate(found)]
+
+
+def free_memory(number: int) -> int:
+    """Bytes of a GPU that this process may still take, with its own CUDA context, which is made, already taken."""
+    runtime = _cupy().cuda.runtime
+    try:
+        with _cupy().cuda.Device(number):
+            return runtime.memGetInfo()[0]
+    except runtime.CUDARuntimeError as error:
+        raise DeviceError(f"GPU {number} cannot be used: {error}") from None
+
+
+def _explained(runtime, error) -> str:
+    """Why CUDA cannot be used."""
+    built, driver = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime.runtimeGetVersion(),
+                                                                                 runtime.driverGetVersion()))
+    if error.status == _INSUFFICIENT_DRIVER:
+        if driver == "0.0":
+            return "the library of the NVIDIA driver, libcuda.so.1, cannot be loaded"
+        return (f"CuPy is built for CUDA {built}, but the NVIDIA driver knows CUDA {driver} at most: install "
+                f"cupy-cuda{driver.partition('.')[0]}x in place of this CuPy, or a newer driver")
+    if error.status == _NO_DEVICE:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return "there is no GPU" + ("" if visible is None else f" for CUDA_VISIBLE_DEVICES={visible!r}")
+    return f"CUDA cannot be used: {error}"
 
 
 class Device:
@@ -35,6 +91,8 @@ class Device:
         self.architecture, self.multiprocessors = 10 * facts["major"] + facts["minor"], facts["multiProcessorCount"]
         if self.architecture < OLDEST:
             raise DeviceError(f"{self.name} has architecture sm_{self.architecture}: sm_{OLDEST} or newer is needed")
+        # Tells it from all others, on any host.
+        self.identity = facts["uuid"]
         self.stream = self._cupy.cuda.Stream(non_blocking=True)
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: dict[str, Any] = {}

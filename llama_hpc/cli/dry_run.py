@@ -17,8 +17,8 @@ from llama_hpc.kernels.numerics import PAGE
 from llama_hpc.model.sizes import buffer_bytes
 from llama_hpc.runtime.abort import on_first
 from llama_hpc.runtime.binding import launch_table, launch_warnings
+from llama_hpc.runtime.devices import memory_of
 from llama_hpc.runtime.tables import size
-from llama_hpc.runtime.topology import available_memory
 
 
 class DryRun(Job):
@@ -45,7 +45,7 @@ class DryRun(Job):
         ranks, per_node, memory = super().resources()
         if ranks == 1:
             ranks = per_node = self.args.ranks or (self.settings.shape.size if self.settings.shape else 1)
-            memory = available_memory() // ranks
+            memory = memory_of(self.device, ranks)
         else:
             ranks -= self.args.spares
         return ranks, per_node, self.args.memory or memory
@@ -79,7 +79,8 @@ class DryRun(Job):
         print("\n".join(self._ranks(plan, longest(ready))))
         print(f"\nin all also some {size(OVERHEAD)} of each rank for the interpreter, libraries and compiled code\n")
         if self.comm.size < shape.size:
-            print(f"{shape.size} ranks are assumed; under mpirun or srun a dry run also checks where they are")
+            gpus = "" if self.args.device == "cpu" else ", and their GPUs"
+            print(f"{shape.size} ranks are assumed; under mpirun or srun a dry run also checks where they are{gpus}")
             return
         print("\n".join(launch_table(places)))
         for line in launch_warnings(places, MPI.Get_library_version()):

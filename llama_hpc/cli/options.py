@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from llama_hpc.engine.llm import FORMATS, KV_CACHES, REDUCE
+from llama_hpc.engine.llm import DEVICES, FORMATS, KV_CACHES, REDUCE
 from llama_hpc.runtime.activity import HANG_LIMIT
 
 
@@ -76,6 +76,13 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     """The threads of a rank."""
     parser.add_argument("--threads", type=whole(1, 4096), metavar="N",
                         help="threads of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """What ranks compute on; see ``runtime.devices``."""
+    parser.add_argument("--device", choices=DEVICES, default="auto",
+                        help="what ranks compute on: each on a GPU of its own, or an error where one has none (gpu); on the CPU "
+                             "(cpu); on GPUs as far as there are any that can be used (auto, the default)")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 
 from llama_hpc.cli.options import (
     add_context,
+    add_device,
     add_durability,
     add_kv_cache,
     add_layout,
@@ -33,6 +34,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add_output(parser)
     add_durability(parser)
     parser.add_argument("--trace", metavar="FILE", help="write a timeline for chrome://tracing or ui.perfetto.dev (JSON)")
+    add_device(parser)
     add_threads(parser)
     add_watch(parser)
     add_log(parser)
@@ -78,7 +80,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     dry.add_argument("--ranks", type=whole(1), metavar="N",
                      help="as if N ranks were started (default: those that are, or as many as --grid needs)")
     dry.add_argument("--memory", type=memory_size, metavar="SIZE",
-                     help="what each rank may use (default: its share of this node's)")
+                     help="what each rank may use, on a GPU of that (default: its share of this node's)")
     parser.add_argument("--slo", metavar="TARGETS",
                         help="targets for prompts with arrival_s, such as ttft.p99=1.5,tpot.p50=0.05,rps=8; metrics are queue, "
                              "prefill, ttft, tpot, e2e")

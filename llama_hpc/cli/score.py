@@ -4,6 +4,7 @@ import argparse
 
 from llama_hpc.cli.options import (
     add_context,
+    add_device,
     add_kv_cache,
     add_layout,
     add_log,
@@ -32,6 +33,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                         help="JSONL (objects with text or token_ids, and perhaps id), text (one document) or HDF5")
     add_output(parser)
     add_rescue(parser, "where the scores go when the output's file system fails")
+    add_device(parser)
     add_threads(parser)
     add_watch(parser)
     add_log(parser)

@@ -38,8 +38,14 @@ def start(args: argparse.Namespace, read=lambda args: None, comm=None) -> tuple:
     node, threads, (more, shape) = prepare(comm, args.threads, lambda: (read(args), grid_shape(args, ranks)))
     from llama_hpc.engine.model_job import ModelSettings
     settings = ModelSettings(args.model, args.weights, threads, shape, args.reduce, args.sequence_parallel, args.overlap,
-                             args.kv_cache, context_parallel=args.context_parallel, heartbeat=args.heartbeat)
+                             args.kv_cache, context_parallel=args.context_parallel, heartbeat=args.heartbeat,
+                             device="cpu" if assumed(args, comm.size, shape) else args.device)
     return settings, comm, node, more
+
+
+def assumed(args: argparse.Namespace, size: int, shape) -> bool:
+    """Whether the command, started as ``size`` ranks, is a dry run about other ranks: then their GPUs cannot be looked for."""
+    return getattr(args, "dry_run", False) and size == 1 and bool(args.ranks or args.memory or (shape and shape.size > 1))
 
 
 def _watch(args: argparse.Namespace, comm) -> None:

@@ -125,5 +125,5 @@ class Crew:
         replica, grid = self.replica, self.job.grid
         if replica is not None:
             place = self.number, grid.stage, grid.tensor_index
-            self._reports.append(RankReport(*place, replica.work(), replica.recorder.result()))
+            self._reports.append(RankReport(*place, replica.work() | self.job.monitor.work(), replica.recorder.result()))
             self.replica = None

@@ -50,28 +50,25 @@ def rank_shares(config: ModelConfig, weights_format: str, shape: GridShape, cach
 
 def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_node: int, memory_per_rank: int, requests: int,
               max_seqs: int, max_seq_len: int, usual_len: int | None = None, kv_cache: str = "auto",
-              context: int = 1) -> GridShape:
+              context: int = 1, whose: str = "") -> GridShape:
     """As many replicas as memory allows, each of the fewest ranks that hold the model and its cache.
 
     The cache is to hold a sequence of ``max_seq_len`` positions, and all that run at a time if they take ``usual_len`` each.
 
     Tensor ranks are preferred to stages, and do not span nodes of ``ranks_per_node`` ranks each. ``memory_per_rank`` is in
-    bytes. Raises UsageError when no grid of this many ranks holds the model.
+    bytes, of what errors call ``whose``. Raises UsageError when no grid of this many ranks holds the model.
     """
     budget = int(memory_per_rank * USABLE) - OVERHEAD
+    def need(shape: GridShape) -> int:
+        sequences = min(max_seqs, -(-requests // shape.data))
+        positions = max(max_seq_len, sequences * (usual_len or max_seq_len))
+        return _need(config, weights_format, shape, positions, kv_cache, context)
     needs = []
     for size in (n for n in range(1, ranks + 1) if ranks % n == 0):
-        sequences = min(max_seqs, -(-requests // (ranks // size)))
-        fitting = [GridShape(ranks // size, size // t, t) for t in range(1, size + 1)
-                   if size % t == 0 and t % context == 0 and t <= config.num_heads and size // t <= config.num_layers
-                   and (ranks_per_node % t == 0 or ranks <= ranks_per_node)]
-        for shape in reversed(fitting):
-            positions = max(max_seq_len, sequences * (usual_len or max_seq_len))
-            need = max(r.weights + r.cache for r in rank_shares(config, weights_format, shape, positions, kv_cache, context)
-                       if r.data == 0)
-            if need <= budget:
+        for shape in _shapes(config, ranks, size, ranks_per_node, context):
+            needs.append((need(shape), shape))
+            if needs[-1][0] <= budget:
                 return shape
-            needs.append((need, shape))
     if not needs:
         raise UsageError(f"no grid of {ranks} ranks has tensor ranks in groups of --context-parallel {context}: use a number "
                          f"that divides the ranks, {config.num_heads} at most, or another number of ranks")
@@ -79,8 +76,46 @@ def auto_grid(config: ModelConfig, weights_format: str, ranks: int, ranks_per_no
     cache = "" if kv_cache == "q8" else "--kv-cache q8, "
     raise UsageError(
         f"the model and its cache need {least / 2**30:.1f} GiB on a rank even on grid {shape}, but a rank may use "
-        f"{max(budget, 0) / 2**30:.1f} GiB; use more nodes, {cache}or a smaller --weights format, --max-seqs or "
-        f"--max-seq-len (score: --token-budget or --window)")
+        f"{_may_use(budget, whose)}; {_more_ranks(config, ranks, ranks_per_node, context, budget, need)}, {cache}or a smaller "
+        "--weights format, --max-seqs or --max-seq-len (score: --token-budget or --window)")
+
+
+def check_room(config: ModelConfig, weights_format: str, shape: GridShape, ranks_per_node: int, memory_per_rank: int,
+               max_seq_len: int, whose: str, kv_cache: str = "auto", context: int = 1) -> None:
+    """Raises UsageError where a rank of ``shape`` has no room for its weights and for a sequence of ``max_seq_len`` positions."""
+    budget = int(memory_per_rank * USABLE) - OVERHEAD
+    def need(shape: GridShape) -> int:
+        return _need(config, weights_format, shape, max_seq_len, kv_cache, context)
+    if need(shape) > budget:
+        more = _more_ranks(config, shape.size // shape.data, ranks_per_node, context, budget, need)
+        raise UsageError(f"on grid {shape} the model and a cache for one sequence need {need(shape) / 2**30:.1f} GiB on a rank, "
+                         f"but a rank may use {_may_use(budget, whose)}; {more} in a replica, or a smaller --weights format")
+
+
+def _may_use(budget: int, whose: str) -> str:
+    return f"{max(budget, 0) / 2**30:.1f} GiB{whose and f' of {whose}'}"
+
+
+def _shapes(config: ModelConfig, ranks: int, size: int, ranks_per_node: int, context: int) -> list[GridShape]:
+    """Grids of so many ranks, replicas of ``size`` ranks each, those of most tensor ranks first."""
+    return [GridShape(ranks // size, size // t, t) for t in range(size, 0, -1)
+            if size % t == 0 and t % context == 0 and t <= config.num_heads and size // t <= config.num_layers
+            and (ranks_per_node % t == 0 or ranks <= ranks_per_node)]
+
+
+def _need(config: ModelConfig, weights_format: str, shape: GridShape, positions: int, kv_cache: str, context: int) -> int:
+    """The most bytes that a rank holds of weights and of a cache for so many positions."""
+    return max(r.weights + r.cache
+               for r in rank_shares(config, weights_format, replace(shape, data=1), positions, kv_cache, context))
+
+
+def _more_ranks(config: ModelConfig, ranks: int, ranks_per_node: int, context: int, budget: int, need) -> str:
+    """What to do where ``ranks`` are too few: how many of the same kind would do, on which grid."""
+    for more in (ranks << doubled for doubled in range(1, 8)) if budget > 0 else ():
+        for shape in _shapes(config, more, more, ranks_per_node, context):
+            if need(shape) <= budget:
+                return f"use {more} such ranks (grid {shape} would fit)"
+    return "use more nodes"
 
 
 def replica_pages(config: ModelConfig, weights_format: str, shape: GridShape, memory: int, kv_memory: int | None,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FORMATS = ("q3_5", "q4", "q8", "f16", "f32")      # of weights
 REDUCE = ("auto", "mpi", "shared", "one-sided")
 KV_CACHES = ("auto", "f16", "q8")
+DEVICES = ("auto", "cpu", "gpu")
 
 
 class Transformer:
@@ -37,19 +38,21 @@ class Transformer:
     default, what memory allows). ``weights``: ``q3_5``, ``q4``, ``q8``, ``f16`` or ``f32`` (default: q8, or that of a model that
     is quantised). ``threads`` of each rank (default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or its share of the cores).
     ``max_seq_len``: limit of prompt and answer together (default: the model's context). ``reduce``, ``sequence_parallel``,
-    ``overlap``, ``context_parallel`` and ``kv_cache``: as of the command line. ``comm``: an MPI communicator (default: the
-    world). ``progress``: shows how far long steps have come. ``hang_limit``: when ranks have stood still in a call for so many
-    seconds, the job ends with a line that says where each of them is (0: never; a rank alone is not watched).
+    ``overlap``, ``context_parallel``, ``kv_cache`` and ``device`` (auto, cpu or gpu): as of the command line. ``comm``: an MPI
+    communicator (default: the world). ``progress``: shows how far long steps have come. ``hang_limit``: when ranks have stood
+    still in a call for so many seconds, the job ends with a line that says where each of them is (0: never; a rank alone is not
+    watched).
 
     All ranks make the same calls with the same arguments; of prompts, texts and token ids those of the first rank count. An error
     that all ranks share is raised on all of them. Under several ranks an exception that ends the script of one of them ends the
-    job (not sys.exit on some ranks only). Raises UsageError, CheckpointError and LaunchError.
+    job (not sys.exit on some ranks only). Raises UsageError, CheckpointError, DeviceUnavailable and LaunchError.
     """
 
     def __init__(self, model: str | PathLike, parallel: ParallelConfig | None = None, *, weights: str | None = None,
                  threads: int | None = None, max_seq_len: int | None = None, reduce: str = "auto",
                  sequence_parallel: int = 2048, overlap: int = 32, context_parallel: int = 1, kv_cache: str = "auto",
-                 comm: MPI.Comm | None = None, progress: bool = False, hang_limit: float = HANG_LIMIT, **batching: Any):
+                 device: str = "auto", comm: MPI.Comm | None = None, progress: bool = False, hang_limit: float = HANG_LIMIT,
+                 **batching: Any):
         from llama_hpc.runtime.abort import end_job_on_errors
         from llama_hpc.runtime.launch import check_world, world
         from llama_hpc.runtime.start import prepare
@@ -63,6 +66,7 @@ class Transformer:
             _check_choice("weights", weights, (None, *FORMATS))
             _check_choice("reduce", reduce, REDUCE)
             _check_choice("kv_cache", kv_cache, KV_CACHES)
+            _check_choice("device", device, DEVICES)
             if not is_integer(context_parallel) or context_parallel < 1:
                 raise UsageError(f"context_parallel must be a whole number of at least 1, got {context_parallel!r}")
             if not isinstance(hang_limit, int | float) or not 0 <= hang_limit < float("inf"):
@@ -75,7 +79,7 @@ class Transformer:
         from llama_hpc.engine.model_job import ModelSettings
         from llama_hpc.engine.session import Session
         settings = ModelSettings(str(model), weights, threads, shape, reduce, sequence_parallel, overlap, kv_cache, progress,
-                                 context_parallel)
+                                 context_parallel, device=device)
         if parallel.micro_batches is not None:
             batching = {"micro_batches": parallel.micro_batches} | batching
         self._session: Session | None = Session(settings, comm, node, max_seq_len, batching)

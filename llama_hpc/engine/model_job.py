@@ -3,9 +3,9 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.comm.survivors import failed
-from llama_hpc.engine.layout import auto_grid, replica_pages
+from llama_hpc.engine.layout import auto_grid, check_room, replica_pages
 from llama_hpc.engine.queue import COUNTERS, ENDED, FINISHED, TOKENS
 from llama_hpc.engine.warmup import once_per_node, warm_up
+from llama_hpc.errors import UsageError
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.places import cpu_text
 from llama_hpc.kernels.cpu.target import kernels
@@ -32,11 +33,14 @@ from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cac
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.binding import launch_table, launch_warnings, own_place
+from llama_hpc.runtime.devices import CPU, Choice, memory_of
+from llama_hpc.runtime.gpus import GpuMonitor
 from llama_hpc.runtime.heartbeat import Heartbeat
 from llama_hpc.runtime.launch import fault_tolerant
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.provenance import collect
-from llama_hpc.runtime.topology import available_memory, hostname, node_cores, thread_places
+from llama_hpc.runtime.start import take_devices
+from llama_hpc.runtime.topology import hostname, node_cores, thread_places
 from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint, weights_format
 from llama_hpc.weights.fingerprint import fingerprint
 from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
@@ -54,7 +58,8 @@ class ModelSettings:
     ``sequence_parallel`` from how many tokens of a step on they also deal out rows, ``overlap`` from how many they compute one
     half while sums of the other travel between nodes (0: never), ``kv_cache`` the cache's format (see ``model.kv_cache``);
     ``show``: whether the first rank tells how far long steps have come; ``context_parallel``: so many tensor ranks deal out the
-    positions of the cache; ``heartbeat``: seconds between lines that tell that the job is alive (0: none)."""
+    positions of the cache; ``heartbeat``: seconds between lines that tell that the job is alive (0: none); ``device``: what ranks
+    compute on, auto, cpu or gpu (see ``runtime.devices``)."""
 
     model: str
     weights: str | None
@@ -67,6 +72,7 @@ class ModelSettings:
     show: bool = True
     context_parallel: int = 1
     heartbeat: float = 0.0
+    device: str = "auto"
 
 
 class ModelJob:
@@ -85,7 +91,13 @@ class ModelJob:
         with agreed(comm, "choosing the places of the threads"):
             self.places = thread_places(self.threads)
             self.binding = own_place(self.threads, self.places)
-        self.heartbeat = Heartbeat(settings.heartbeat)
+        self._take(take_devices(comm, node, settings.device))
+
+    def _take(self, devices: Sequence[Choice]) -> None:
+        """What this rank computes on, of ``devices`` of the ranks of this node. Not collective."""
+        self.device = devices[self.node.rank]
+        self.binding = replace(self.binding, device=self.device)
+        self.heartbeat, self.monitor = Heartbeat(self.settings.heartbeat, devices), GpuMonitor(self.device)
 
     def examine(self) -> Checkpoint:
         """The checkpoint, checked as far as it can be without reading weights; its name goes to ``facts``. Not collective."""
@@ -118,21 +130,40 @@ class ModelJob:
     def choose_shape(self, *sizes: int, reserved: int = 0) -> GridShape:
         """The shape that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
 
-        ``reserved``: bytes of a rank's memory that neither weights nor cache may take.
+        ``reserved``: bytes of a rank's memory that neither weights nor cache may take. Where GPUs have too little memory, and
+        nobody insists on them, all ranks go on with the CPU.
         """
+        gpus = self.comm.allreduce(self.device.kind == "gpu", MPI.LOR)
+        try:
+            return self._fitting_shape(sizes, reserved, gpus)
+        except UsageError as error:
+            if not gpus or self.settings.device == "gpu":
+                raise
+            self._take([CPU] * self.node.size)
+            shape = self._fitting_shape(sizes, reserved, gpus=False)
+            if self.first:
+                _LOG.warning("all ranks compute on the CPU: %s", error)
+            return shape
+
+    def _fitting_shape(self, sizes: tuple[int, ...], reserved: int, gpus: bool) -> GridShape:
         config, context = self.checkpoint.config, self.settings.context_parallel
         ranks, per_node, memory = self.resources()
         self.memory = memory - reserved
         with agreed(self.comm, "choosing the grid"):
-            self.shape = self.settings.shape or auto_grid(config, self.weights, ranks, per_node, self.memory, *sizes,
-                                                          kv_cache=self.kv_cache, context=context)
+            whose, how = "its GPU" if gpus else "", {"kv_cache": self.kv_cache, "context": context}
+            self.shape = self.settings.shape or auto_grid(config, self.weights, ranks, per_node, self.memory, *sizes, whose=whose,
+                                                          **how)
             check_grid(config, self.shape, context)
+            # What a node has may be swapped, and files that are mapped be read again: of a GPU's memory there is no more.
+            if gpus and self.settings.shape:
+                check_room(config, self.weights, self.shape, per_node, self.memory, sizes[2], whose, **how)
         return self.shape
 
     def resources(self) -> tuple[int, int, int]:
         """How many ranks there are, how many on each node at least, and the bytes that each may use at least."""
-        memory = self.comm.allreduce(available_memory() // self.node.size, MPI.MIN)
-        return self.comm.size, self.comm.allreduce(self.node.size, MPI.MIN), memory
+        with agreed(self.comm, "asking for memory"):
+            memory = memory_of(self.device, self.node.size)
+        return self.comm.size, self.comm.allreduce(self.node.size, MPI.MIN), self.comm.allreduce(memory, MPI.MIN)
 
     def pages(self, kv_memory: int | None = None) -> tuple[int, int]:
         """Pages of a KV cache all of whose parts are such as the rank of least room can hold, and how many with --kv-cache q8;
@@ -192,7 +223,10 @@ class ModelJob:
         return weights
 
     def make_stage(self, weights: StageWeights, **sizes: int) -> TransformerStage:
-        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.free`` gives memory back."""
+        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.free`` gives memory back.
+
+        It computes on ``self.device``, which is a CPU as long as ``devices.COMPUTES`` is false.
+        """
         whose = self.checkpoint.config, self.part, self.share, weights
         # Before anything that ranks make together, in which the others would wait for one that failed.
         with agreed(self.comm, "making the KV cache"):
@@ -231,14 +265,14 @@ class ModelJob:
                  **chosen: Any) -> None:
         """Completes ``facts``: ``work`` is what this rank did, ``options`` what was asked for, ``chosen`` what was found where no
         option said so."""
-        ranks = self.comm.gather(self.place(stage) | work)
+        ranks = self.comm.gather(self.place(stage) | work | self.monitor.work())
         stage.free()
         if self.first:
             self.complete_facts(ranks, self.grid.shape, self.content_hash, seconds, options, chosen)
 
     def place(self, stage: TransformerStage) -> dict[str, Any]:
         """Where this rank is, what it holds, and what it has joined. Not collective."""
-        return {"host": hostname(), "cpus": cpu_text(self.binding.cpus), "device": self.binding.device,
+        return {"host": hostname(), "cpus": cpu_text(self.binding.cpus), "device": self.device.text,
                 "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
                 "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(), **stage.work()}
 

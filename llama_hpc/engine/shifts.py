@@ -30,7 +30,8 @@ class State(NamedTuple):
     shape: GridShape | None         # … their usual shape, and facts about it, as far as known
     facts: dict[str, Any]
     host: str
-    memory: int                     # bytes that processes of its node may still take
+    memory: int                     # bytes that processes of its node may still take …
+    own_memory: bool = False        # … or this rank alone, those of its GPU
 
 
 @dataclass(frozen=True)
@@ -84,4 +85,5 @@ def new_groups(free: Sequence[int], usual: GridShape, requests: int, others: boo
 def hosts_memory(states: Sequence[State], ranks: Sequence[int]) -> tuple[int, int]:
     """The least ranks of these on a node, and the least bytes that each may take."""
     hosts = Counter(states[rank].host for rank in ranks)
-    return min(hosts.values()), min(states[rank].memory // hosts[states[rank].host] for rank in ranks)
+    return min(hosts.values()), min(states[rank].memory // (1 if states[rank].own_memory else hosts[states[rank].host])
+                                    for rank in ranks)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_hpc.engine.metrics import COUNTS, PHASES, RankMetrics, spread
+from llama_hpc.runtime.tables import size
 
 IMBALANCE = 0.05                # of the ranks' compute times, or the replicas' ends: more is worth a warning …
 LONG = 5.0                      # … in runs of so many seconds
+HEAT = 0.01                     # of a rank's time in which heat slows down its GPU: more is worth a warning
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def summary(ranks: Sequence[RankReport]) -> tuple[list[str], list[str]]:
             low, high = (f(range(len(ranks)), key=computed.__getitem__) for f in (min, max))
             warnings.append(f"the ranks computed for unequal times, {_percent(spread(computed))} apart: rank {low} for "
                             f"{computed[low]:.1f} s, rank {high} for {computed[high]:.1f} s")
-    return lines + _cache(ranks) + _traffic(ranks), warnings
+    told, wrong = _gpus(ranks)
+    return lines + _cache(ranks) + _traffic(ranks) + told, warnings + wrong
 
 
 def _times(ranks: Sequence[RankReport]) -> str:
@@ -85,6 +88,31 @@ def _traffic(ranks: Sequence[RankReport]) -> list[str]:
     return lines
 
 
+def _gpus(ranks: Sequence[RankReport]) -> tuple[list[str], list[str]]:
+    """(a line about how the GPUs are at the end, warnings of memory errors and of heat)."""
+    def told(name: str) -> list[float]:
+        return [r.work[name] for r in ranks if name in r.work]
+    parts, warnings = [], []
+    if found := told("gpu_temperature"):
+        parts.append(f"{_span(found)} °C")
+    if found := told("gpu_memory"):
+        parts.append(f"up to {size(max(found))} used")
+    if found := told("gpu_clock"):
+        parts.append(f"{_span(found)} MHz")
+    if limited := [r.work["gpu_power_seconds"] / r.metrics.seconds for r in ranks
+                   if r.metrics.seconds and "gpu_power_seconds" in r.work]:
+        parts.append(f"at their power limit for {_percent(_mean(limited))} of the time")
+    for rank, report in enumerate(ranks):
+        work, seconds = report.work, report.metrics.seconds
+        errors = [f"{work[name]:.0f} {kind}" for kind in ("corrected", "uncorrected")
+                  if work.get(name := f"gpu_{kind}_errors")]
+        if errors:
+            warnings.append(f"the GPU of rank {rank} had {' and '.join(errors)} memory errors: have its node looked at")
+        if (hot := work.get("gpu_heat_seconds", 0)) > HEAT * seconds:
+            warnings.append(f"heat slowed down the GPU of rank {rank} for {hot:.1f} s of {seconds:.1f} s: its node lacks cooling")
+    return [f"GPUs: {', '.join(parts)}"] if parts else [], warnings
+
+
 def arrays(ranks: Sequence[RankReport]) -> dict[str, dict[str, np.ndarray]]:
     """The group ``metrics`` of a result file: ``ranks``, one value a rank, and ``steps``, one a recorded step of a rank."""
     if not ranks:
@@ -93,9 +121,9 @@ def arrays(ranks: Sequence[RankReport]) -> dict[str, dict[str, np.ndarray]]:
     table = {phase: np.array([m.totals[phase] for m in found]) for phase in PHASES}
     for name in ("seconds", "end", "bubble", "utilisation", "peak_memory", "stride"):
         table[name] = np.array([getattr(m, name) for m in found])
-    for name in ranks[0].work:
-        if not isinstance(ranks[0].work[name], str):
-            table[name] = np.array([r.work[name] for r in ranks])
+    # Some ranks have a GPU, and others may have none.
+    for name in dict.fromkeys(name for r in ranks for name, value in r.work.items() if not isinstance(value, str)):
+        table[name] = np.array([r.work.get(name, np.nan) for r in ranks])
     steps = {"rank": np.concatenate([np.full(len(m.starts), rank, np.int32) for rank, m in enumerate(found)]),
              "start": np.concatenate([m.starts for m in found])}
     for i, phase in enumerate(PHASES):
@@ -130,6 +158,11 @@ def trace(ranks: Sequence[RankReport]) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
 
 
 def _percent(share: float) -> str:

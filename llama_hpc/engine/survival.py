@@ -30,9 +30,10 @@ from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
 from llama_hpc.runtime import log
 from llama_hpc.runtime.abort import on_first
+from llama_hpc.runtime.devices import memory_of
 from llama_hpc.runtime.progress import Progress
 from llama_hpc.runtime.stopping import Stop
-from llama_hpc.runtime.topology import available_memory, hostname
+from llama_hpc.runtime.topology import hostname
 from llama_hpc.runtime.watchdog import forget
 
 _LOG = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class SurvivingJob(Job):
         return State(crew.number if crew else None, shape.pipeline * shape.tensor if crew else 0,
                      sorted(crew.taken) if leads else (), crew.replica.unfinished if leads and crew.replica else (),
                      bool(self._ready), origin, self.durable.run, self._replicas, self._shape, self.facts, hostname(),
-                     available_memory())
+                     memory_of(self.device, 1), self.device.kind == "gpu")
 
     def _review(self, states: list[State]) -> tuple:
         """First rank: the requests, unless all have them, what is done, facts, the number of the run, whether all is complete."""

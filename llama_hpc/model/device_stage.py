@@ -4,7 +4,6 @@ What the engine sees of a stage lies on the host: residuals that travel between 
 logits and sums of weights. Nothing here needs Numba or MPI.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,16 +44,16 @@ class Bounds:
 class DeviceStage:
     """The part of a model that one rank computes on ``device`` (see ``kernels.cuda.device``). Collective over the tensor group.
 
-    Sizes and ``weights`` are as for ``TransformerStage``, the weights' matrices on the device. ``reducer`` joins over the tensor
-    group, on the host; with several ranks the sums of a layer go there and come back.
+    Sizes and ``weights`` are as for ``TransformerStage``, the weights' matrices on the device. ``reducer`` counts what is joined
+    over the tensor group; with several ranks ``exchange`` does it (see ``comm.device_exchange``).
     """
 
     spread_steps = overlapped_steps = 0
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights, reducer, device, *, sequences: int,
-                 max_seq_len: int, max_rows: int, max_outputs: int, cache: DeviceCache):
+                 max_seq_len: int, max_rows: int, max_outputs: int, cache: DeviceCache, exchange=None):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
-        self.device, self.cache, self.faults = device, cache, Faults()
+        self.device, self.cache, self.exchange, self.faults = device, cache, exchange, Faults()
         self.max_rows, self.max_outputs = max_rows, max_outputs
         self.replayed_steps = 0
         self._names: list[tuple[int, tuple[str, ...]]] = []
@@ -88,8 +87,9 @@ class DeviceStage:
         return self._host_logits
 
     def work(self) -> dict[str, str | int | float]:
-        """What was joined over the tensor group, and how many steps were replayed."""
-        return self.reducer.work() | {"replayed_steps": self.replayed_steps}
+        """What was joined over the tensor group and how, and how many steps were replayed."""
+        chosen = {} if self.exchange is None else {"reduce": self.exchange.name}
+        return self.reducer.work() | chosen | {"replayed_steps": self.replayed_steps}
 
     @property
     def joining(self) -> list[np.ndarray]:
@@ -180,7 +180,7 @@ class DeviceStage:
         self._add(lambda most, status: products.embedding(self.device, table, self._tokens, vocabulary.start, len(vocabulary),
                                                           self._rows, most.rows, self._residual), 0, "embedding")
         if self.reducer.size > 1:
-            self._exchange(lambda rows: self._join(self._residual[:rows], self.residual[:rows], self.reducer.sum_disjoint))
+            self._exchange(lambda rows: self.exchange.sum_disjoint(self._residual[:rows], self.residual[:rows]))
 
     def _add_norm(self, weight: np.ndarray, number: int, name: str) -> None:
         weight, eps = self.device.upload(weight), self.config.norm_eps
@@ -236,22 +236,22 @@ class DeviceStage:
 
     def _add_head(self) -> None:
         """The logits of this rank's vocabulary, and what sampling needs of all: the largest logit, the sum of weights."""
-        device, count, eps, reducer = self.device, self._count, self.config.norm_eps, self.reducer
+        device, count, eps = self.device, self._count, self.config.norm_eps
         weight, parts = device.upload(self.weights.final_norm), [self._part(self.weights.head, self._logits)]
 
         def add(operation: Callable[..., None], *tensors: str) -> None:
             self._add(lambda most, status: operation(most.outputs, status) if most.outputs else None, 0, *tensors)
 
-        def join(values, host: np.ndarray, function: Callable[[np.ndarray], None]) -> None:
-            if reducer.size > 1:
-                self._exchange(lambda rows: self._join(values[: self._fresh], host[: self._fresh], function))
+        def join(values, host: np.ndarray, name: str) -> None:
+            if self.reducer.size > 1:
+                self._exchange(lambda rows: getattr(self.exchange, name)(values[: self._fresh], host[: self._fresh]))
         add(lambda most, status: activations.rms_norm(device, self._residual, weight, eps, self._selected, count, most, status,
                                                       self._chosen), "final_norm")
         add(lambda most, status: products.product(device, self._selected, parts, count, most, products.FLOAT, status), "head")
         add(lambda most, status: sampling.find_best(device, self._logits, self.share.vocabulary.start, count, most, self._best))
-        join(self._best, self.best, reducer.maximum)
+        join(self._best, self.best, "maximum")
         add(lambda most, status: sampling.find_totals(device, self._logits, self._best, count, most, self._totals))
-        join(self._totals, self.totals, reducer.sum_fixed)
+        join(self._totals, self.totals, "sum_fixed")
 
     # Running.
 
@@ -287,31 +287,18 @@ class DeviceStage:
                 launch(bounds)
         return recorded
 
-    def _join(self, values, host: np.ndarray, join: Callable[[np.ndarray], None]) -> None:
-        """Joins an array over the tensor group in place, by way of the host. Collective over it."""
-        if not len(host):
-            return
-        self.device.download(values, host)
-        start = time.monotonic_ns()
-        join(host)
-        self.reducer.nanoseconds[0] += time.monotonic_ns() - start
-        self.device.upload(host, values)
-        self.reducer.calls += 1
-        self.reducer.numbers += host.size
-        self.reducer.bytes += host.nbytes
-
     def _join_sums(self, rows: int, any_input: bool) -> None:
         """The fixed-point sums of a row-parallel product; a rank without inputs adds nothing."""
         if not any_input:
             self.device.upload(np.zeros((rows, self._sums.shape[1]), np.int64), self._sums[:rows])
-        self._join(self._sums[:rows], self._host_sums[:rows], self.reducer.sum_fixed)
+        self.exchange.sum_fixed(self._sums[:rows], self._host_sums[:rows])
 
     def _finish(self, rows: int, outputs: int) -> None:
         """Brings to the host what everybody asks for, and notes the first fault."""
         device = self.device
         if not self.stage.last:
             device.fetch(self._residual[:rows], self.residual[:rows])
-        elif outputs and self.reducer.size == 1:
+        elif outputs:
             device.fetch(self._best[:outputs], self.best[:outputs])
             device.fetch(self._totals[:outputs], self.totals[:outputs])
         device.fetch(self.status, self._found)

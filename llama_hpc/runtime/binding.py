@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_hpc.kernels.cpu.places import ROOT, cores_of, cpu_text, numa_nodes
+from llama_hpc.runtime.devices import CPU, Choice, devices_text
 from llama_hpc.runtime.tables import table
 from llama_hpc.runtime.topology import hostname, node_cores, node_cpus
 
@@ -18,7 +19,7 @@ _WIDTH = 40                     # of a list of numbers
 class Place:
     """Where one rank runs: the ``cpus`` that its ``threads`` may use, their ``cores`` (see ``cores_of``) and NUMA nodes; whether
     each thread has a place of its own (``bound``); of the node the cores that the job may use, and whether ``cpus`` are all that
-    the job may use there (``whole``)."""
+    the job may use there (``whole``); and what computes (``device``)."""
 
     host: str
     threads: int
@@ -28,7 +29,7 @@ class Place:
     bound: bool
     node_cores: int
     whole: bool
-    device: str = "cpu"
+    device: Choice = CPU
 
 
 def own_place(threads: int, places: list[set[int]] | None, root: Path = ROOT) -> Place:
@@ -74,12 +75,12 @@ def _rows(host: str, ranks: list[int], places: Sequence[Place]) -> list[tuple]:
         first = places[group[0]]
         cpus, numa = (frozenset().union(*parts) for parts in zip(*((places[r].cpus, places[r].numa) for r in group), strict=True))
         rows.append((group, host, str(first.threads), str(len(first.cores)), _cut(cpu_text(cpus)), _cut(cpu_text(numa)),
-                     first.device))
+                     devices_text([places[r].device for r in group])))
     return rows
 
 
 def _kind(place: Place) -> tuple:
-    return place.threads, len(place.cores), len(place.numa), place.bound, place.whole, place.device
+    return place.threads, len(place.cores), len(place.numa), place.bound, place.whole, place.device.name
 
 
 def _folded(blocks: list[list[tuple]]) -> list[list[tuple]]:

@@ -63,7 +63,7 @@ def test_any_number_of_ranks_on_a_login_node(dry_run, folder, model):
     assert facts["KV cache"] == "f16, 12 pages of 16 tokens in a replica"
     assert grid.startswith(f"grid 2x3x1 (replicas x stages x tensor ranks), a rank may use {size(0.85 * 2**30)} of 1.00 GiB")
     assert [row["stage"] for row in rows] == ["0", "1", "2"] and [row["layers"] for row in rows] == ["0-0", "1-2", "3-3"]
-    assert "6 ranks are assumed; under mpirun or srun a dry run also checks where they are" in rest
+    assert "6 ranks are assumed; under mpirun or srun a dry run also checks where they are, and their GPUs" in rest
     # Without a grid, memory decides; with a grid alone, it tells the ranks.
     assert dry_run(model, "--ranks", 5, "--memory", "1G")[1].startswith("grid 5x1x1")
     assert len(dry_run(model, "--grid", "3x1x4")[2]) == 4

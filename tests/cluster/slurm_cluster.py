@@ -15,7 +15,8 @@ LOGIN = "login"
 _PMIX = Path("/usr/lib/x86_64-linux-gnu/pmix2/lib")
 
 # MinJobAge keeps ended jobs where scontrol shows them. A node that is silent for SlurmdTimeout is lost. KillWait is the time
-# between SIGTERM and SIGKILL. Jobs of the partition cheap make room for those of main, with GraceTime to leave.
+# between SIGTERM and SIGKILL. Jobs of the partition cheap make room for those of main, with GraceTime to leave. SLURM takes
+# /dev/null of each node for a GPU.
 _CONF = """
 ClusterName=test
 SlurmctldHost={login}
@@ -50,7 +51,8 @@ MinJobAge=3600
 SlurmctldTimeout=10
 SlurmdTimeout=5
 PropagateResourceLimits=NONE
-NodeName={nodes} CPUs={cpus} RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+NodeName={nodes} CPUs={cpus} RealMemory=4000 Gres=gpu:1 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=cheap Nodes=ALL MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 """
@@ -79,6 +81,7 @@ class Slurm:
         (folder / "slurm.conf").write_text(_CONF.format(
             login=LOGIN, folder=folder, nodes=",".join(self.nodes), cpus=len(os.sched_getaffinity(0)),
             task="affinity" if bind else "none"))
+        (folder / "gres.conf").write_text("AutoDetect=off\nName=gpu File=/dev/null\n")
         shutil.copytree(_PMIX, folder / "pmix", symlinks=True)
         if not (folder / "pmix/libpmix.so").exists():
             (folder / "pmix/libpmix.so").symlink_to("libpmix.so.2")

@@ -49,6 +49,15 @@ def test_the_readme_has_every_script():
     assert sorted(listed) == sorted(path.name for path in JOBS.iterdir() if path.name != "README.md")
 
 
+@pytest.mark.parametrize("script", ["gpu.slurm", "gpu-nodes.slurm"])
+def test_a_rank_for_each_gpu(script):
+    """As many ranks on a node as GPUs, all of which each of them sees, and no run on the CPU by mistake."""
+    text = (JOBS / script).read_text()
+    given = dict(re.findall(r"^#SBATCH (--[\w-]+)=(\S+)$", text, re.MULTILINE))
+    assert given["--ntasks-per-node"] == given["--gpus-per-node"] and "--gpus-per-task" not in given
+    assert " --gpu-bind=none " in text and " --device gpu " in text
+
+
 def test_pbs_directives():
     """Directives end at the first line that is neither one of them nor a comment; those behind it do not count."""
     lines = (JOBS / "cpu.pbs").read_text().splitlines()

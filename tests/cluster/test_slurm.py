@@ -22,11 +22,13 @@ def succeeded(slurm, job):
 
 
 def test_jobs_of_one_step(slurm, work, user):
-    """One node, several, ranks of several threads, and mpirun inside a job: the same answers, and the file says where from."""
+    """One node, several, ranks of several threads, those for GPUs on the CPU, and mpirun inside a job: the same answers, and the
+    file says where from."""
     nodes = "--nodes=2", "--ntasks-per-node=1"
     for script, sbatch, grid, hosts, threads in (("cpu.slurm", (), "2x1x1", 1, 1), ("nodes.slurm", (), "1x2x1", 2, 1),
-                                                 ("hybrid.slurm", (), "1x1x1", 1, 2), ("mpirun.sh", nodes, "2x1x1", 2, 1)):
-        job, output = user.submit(script, *sbatch, output=f"{script}.h5")
+                                                 ("hybrid.slurm", (), "1x1x1", 1, 2), ("mpirun.sh", nodes, "2x1x1", 2, 1),
+                                                 ("gpu.slurm", (), "1x1x1", 1, 2), ("gpu-nodes.slurm", (), "1x2x1", 2, 2)):
+        job, output = user.submit(script, *sbatch, output=f"{script}.h5", options=("--device", "cpu") * script.startswith("gpu"))
         succeeded(slurm, job)
         facts = work.check(output)
         assert len(facts["hosts"]) == hosts and set(facts["hosts"]) <= set(slurm.nodes), script

@@ -134,9 +134,11 @@ template <class T> T shuffle(unsigned mask, T value, int source) {
 
 inline void run_block(bool descending) {
     unsigned count = blockDim.x * blockDim.y * blockDim.z;
-    block.fibers = std::vector<Fiber>(count);
+    block.fibers.resize(count);
     for (unsigned i = 0; i < count; i++) {
         Fiber& fiber = block.fibers[i];
+        fiber.ended = false, fiber.barriers = fiber.exchanges = 0;
+        fiber.copies.clear(), fiber.groups.clear();
         fiber.lane = i % 32, fiber.warp = i / 32;
         getcontext(&fiber.context);
         fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};

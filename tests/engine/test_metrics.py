@@ -86,6 +86,36 @@ def test_recording_is_a_handful_of_calls():
     assert calls.count("c_call") <= 1 + len(PHASES) + 1
 
 
+def on_gpu(found, **work):
+    """A report of a rank with a GPU."""
+    health = {"gpu_temperature": 60.0, "gpu_memory": 30 * 2.0**30, "gpu_clock": 1980.0, "gpu_corrected_errors": 0,
+              "gpu_uncorrected_errors": 0, "gpu_heat_seconds": 0.0, "gpu_power_seconds": 0.0}
+    return report(found, **health | work)
+
+
+def test_the_summary_tells_how_gpus_are(clock):
+    """What is usual in a line, memory errors and heat as warnings; nothing of jobs without GPUs."""
+    found = record(clock, 100)      # 1.5 s
+    lines, warnings = summary([on_gpu(found), on_gpu(found, gpu_temperature=71.0, gpu_clock=1755.0, gpu_power_seconds=0.3)])
+    assert lines[-1] == "GPUs: 60 to 71 °C, up to 30.00 GiB used, 1755 to 1980 MHz, at their power limit for 10.0 % of the time"
+    assert warnings == [] and not any("GPU" in line for line in summary([report(found)])[0])
+    ailing = on_gpu(found, gpu_corrected_errors=3, gpu_uncorrected_errors=1, gpu_heat_seconds=0.3)
+    lines, warnings = summary([report(found), ailing])
+    assert lines[-1].startswith("GPUs: 60 °C, up to 30.00 GiB used, 1980 MHz")
+    assert warnings == ["the GPU of rank 1 had 3 corrected and 1 uncorrected memory errors: have its node looked at",
+                        "heat slowed down the GPU of rank 1 for 0.3 s of 1.5 s: its node lacks cooling"]
+    assert summary([on_gpu(found, gpu_heat_seconds=0.001)])[1] == []
+    # NVML does not tell everything of every GPU.
+    assert summary([report(found, gpu_temperature=60.0)])[0][-1] == "GPUs: 60 °C"
+
+
+def test_metrics_of_ranks_with_and_without_a_gpu(clock):
+    table = arrays([report(record(clock, 2)), on_gpu(record(clock, 2))])["ranks"]
+    assert np.isnan(table["gpu_temperature"][0]) and table["gpu_temperature"][1] == 60
+    assert table["steps"].dtype.kind == "i"
+    assert not any(name.startswith("gpu") for name in arrays([report(record(clock, 2))])["ranks"])
+
+
 def test_the_summary_names_bubbles_balance_and_traffic(clock):
     traffic = {"bytes_sent": 500_000, "reduce": "shared", "reduce_numbers": 1000, "reduce_bytes": 7900}
     ranks = [report(record(clock, 20), stage=stage, **(traffic if stage == 0 else {})) for stage in range(2)]

@@ -110,7 +110,7 @@ def test_the_place_of_a_rank(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4, 19, 20, 21})
     monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
     place = binding.own_place(2, None, root)
-    assert (place.host, place.threads, place.device) == (socket.gethostname(), 2, "cpu")
+    assert (place.host, place.threads, place.device.text) == (socket.gethostname(), 2, "cpu")
     assert place.cpus == {3, 4, 19, 20, 21} and place.cores == {3, 4, 5} and place.numa == {0, 1}
     assert not place.bound and not place.whole and place.node_cores == 16
     placed = binding.own_place(2, [{19}, {3}], root)
