@@ -319,6 +319,7 @@ inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
 template <class T> T __ldg(const T* where) { return *where; }
 template <class T> T atomicAdd(T* where, T value) { T old = *where; *where = old + value; return old; }
 template <class T> T atomicOr(T* where, T value) { T old = *where; *where = old | value; return old; }
+template <class T> T atomicExch(T* where, T value) { T old = *where; *where = value; return old; }
 template <class T> T atomicMax(T* where, T value) { T old = *where; *where = old > value ? old : value; return old; }
 template <class T> T min(T a, T b) { return b < a ? b : a; }
 template <class T> T max(T a, T b) { return a < b ? b : a; }
