@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import OLDEST, compile_source
+from .compiler import OLDEST, compile_source, sources
 
 # cudaError_t of the CUDA Runtime API.
 _INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100
@@ -141,6 +141,12 @@ class Device:
                 self._modules[file] = module
             self._kernels[file, kernel] = self._modules[file].get_function(kernel)
         return self._kernels[file, kernel]
+
+    def compile(self) -> None:
+        """Compiles all kernels for this device, or finds that it was done on this node before."""
+        for name in sources():
+            if name.endswith(".cu"):
+                compile_source(name, self.architecture)
 
     def synchronize(self) -> None:
         """Waits until everything launched is done. Raises DeviceError where the device was lost."""

@@ -91,7 +91,8 @@ def _few(device, activation, parts, rows, first, count, mode, status, gated, scr
     target = (None, None, None, 0, 0) if gated is None else (gated.values, gated.x, gated.scales, gated.blocks.size,
                                                              gated.blocks.block)
     device.launch("products.cu", f"{weights.format}_for_{1 << variant}", (starts[2],), (threads,), *given[0],
-                  *given[1], *given[2], starts[0], starts[1], activation.x, activation.scales, weights.blocks.groups, per_unit, ends, rows, first, mode,
+                  *given[1], *given[2], starts[0], starts[1], activation.x, activation.scales, weights.blocks.groups, per_unit,
+                  ends, rows, first, mode,
                   *target, scratch.sums, scratch.arrived, status, shared=_TABLE_BYTES if weights.format == "q3_5" else 0)
 
 

@@ -15,8 +15,6 @@ from llama_hpc.kernels.cuda.device import DeviceError, DeviceFacts, free_memory,
 from llama_hpc.runtime.tables import size
 from llama_hpc.runtime.topology import available_memory, hostname
 
-COMPUTES = False                # whether a stage of a model can compute on a GPU (see ``ModelJob.make_stage``)
-
 
 @dataclass(frozen=True)
 class Sight:
@@ -82,7 +80,7 @@ def look(option: str, root: Path = ROOT, devices: Callable[[], Sequence[DeviceFa
         return Sight(why=f"{found[0].name} has architecture sm_{found[0].architecture}, sm_{OLDEST} or newer is needed")
     if not usable:
         return Sight(why="no GPU that this rank may use")
-    return Sight(usable) if COMPUTES else Sight(why="this version computes on CPUs only", surprising=False)
+    return Sight(usable)
 
 
 def choose(sights: Sequence[Sight]) -> list[Choice]:
@@ -140,5 +138,14 @@ def memory_of(choice: Choice, ranks_on_node: int, free: Callable[[int], int] | N
         return available_memory() // ranks_on_node
     try:
         return (free or free_memory)(choice.number)
+    except DeviceError as error:
+        raise DeviceUnavailable(f"{choice.text} of {hostname()}: {error}") from None
+
+
+def open_device(choice: Choice):
+    """The GPU of a choice, a ``kernels.cuda.device.Device``. Raises DeviceUnavailable."""
+    from llama_hpc.kernels.cuda.device import Device
+    try:
+        return Device(choice.number)
     except DeviceError as error:
         raise DeviceUnavailable(f"{choice.text} of {hostname()}: {error}") from None

@@ -107,6 +107,9 @@ class EmulatedDevice:
         self._do(run)
         run.values = values
 
+    def compile(self):
+        pass
+
     def synchronize(self):
         pass
 

@@ -17,8 +17,7 @@ H200 = 150_754_820_096
 
 
 @pytest.fixture(autouse=True)
-def computing(monkeypatch):
-    monkeypatch.setattr(devices, "COMPUTES", True)
+def host(monkeypatch):
     monkeypatch.setattr(devices, "hostname", lambda: "n1")
 
 
@@ -94,11 +93,6 @@ def test_gpus_that_cannot_be_used(node, case):
     assert isinstance(error, DeviceUnavailable) and error.exit_code == 1
     assert str(error) == f"--device gpu on n1: {why}; --device auto or cpu computes on the CPU"
     assert without_gpu([choice], ["n1"]) == (f"all ranks compute on the CPU: {why} (n1)", True)
-
-
-def test_without_a_stage_for_gpus_all_compute_on_the_cpu(node, monkeypatch):
-    monkeypatch.setattr(devices, "COMPUTES", False)
-    assert look("auto", node, lambda: [gpu(0)]) == Sight(why="this version computes on CPUs only", surprising=False)
 
 
 def test_the_nth_rank_takes_the_nth_gpu():
