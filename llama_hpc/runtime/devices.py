@@ -85,6 +85,12 @@ def look(option: str, root: Path = ROOT, devices: Callable[[], Sequence[DeviceFa
     return Sight(usable) if COMPUTES else Sight(why="this version computes on CPUs only", surprising=False)
 
 
+def gpus_text(sight: Sight) -> str:
+    """``2: NVIDIA H200 (140.40 GiB), NVIDIA H200 (140.40 GiB)``, or ``none: no NVIDIA driver``."""
+    named = ", ".join(f"{device.name} ({size(device.memory_bytes)})" for device in sight.devices)
+    return f"{len(sight.devices)}: {named}" if named else f"none: {sight.why}"
+
+
 def choose(sights: Sequence[Sight]) -> list[Choice]:
     """What each rank of a node takes, in their order: a GPU that it sees and no other rank has. ``sights``: what each sees.
 

@@ -10,7 +10,7 @@ from llama_hpc.errors import DeviceUnavailable, UsageError
 from llama_hpc.kernels.cuda import device as cuda
 from llama_hpc.kernels.cuda.device import DeviceError, DeviceFacts
 from llama_hpc.runtime import devices
-from llama_hpc.runtime.devices import CPU, Choice, Sight, choose, devices_text, look, memory_of, refusal, without_gpu
+from llama_hpc.runtime.devices import CPU, Choice, Sight, choose, devices_text, gpus_text, look, memory_of, refusal, without_gpu
 
 GIB = 1 << 30
 H200 = 150_754_820_096
@@ -151,6 +151,8 @@ def test_names():
     choices = choose([seen(*map(gpu, range(4)))] * 4)
     assert choices[2].text == "gpu 2, NVIDIA H200 (140.40 GiB)" and CPU.text == "cpu"
     assert devices_text(choices) == "gpu 0-3, NVIDIA H200 (140.40 GiB)" and devices_text([CPU, CPU]) == "cpu"
+    assert gpus_text(seen(gpu(0), gpu(1))) == "2: NVIDIA H200 (140.40 GiB), NVIDIA H200 (140.40 GiB)"
+    assert gpus_text(Sight(why="no NVIDIA driver")) == "none: no NVIDIA driver"
     bound = choose([seen(gpu(place, 0)) for place in range(4)])
     assert devices_text(bound) == "gpu 0 each, NVIDIA H200 (140.40 GiB)"
 
