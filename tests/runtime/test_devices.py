@@ -20,6 +20,7 @@ H200 = 150_754_820_096
 def computing(monkeypatch):
     monkeypatch.setattr(devices, "COMPUTES", True)
     monkeypatch.setattr(devices, "hostname", lambda: "n1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture
@@ -50,6 +51,12 @@ def test_a_node_without_a_driver_is_not_asked(tmp_path):
     write_files(tmp_path, {"proc/driver/nvidia/version": "NVRM", "dev/nvidiactl": ""})
     assert look("auto", tmp_path, asked) == Sight(why="an NVIDIA driver, but no GPU")
     assert look("cpu", tmp_path, asked) == Sight(surprising=False)
+
+
+@pytest.mark.parametrize("value", ["", "-1", "NoDevFiles"])
+def test_gpus_that_are_hidden_surprise_nobody(node, monkeypatch, value):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert look("auto", node, list) == Sight(why=f"CUDA_VISIBLE_DEVICES={value!r} hides all GPUs", surprising=False)
 
 
 def test_looking_for_no_gpu_loads_nothing():
