@@ -9,19 +9,30 @@ from llama_hpc.model.sizes import whole
 from llama_hpc.model.transformer import Batch, TransformerStage
 from llama_hpc.weights.checkpoint import open_checkpoint
 from llama_hpc.weights.loader import load_stage
+from llama_hpc.weights.places import DevicePlaces, HostPlaces
 
 
 class LocalModel:
-    """One sequence at a time on one rank."""
+    """One sequence at a time on one rank, or on ``device`` (see ``kernels.cuda``)."""
 
-    def __init__(self, path, weights_format="f32", max_seq_len=256, threads=1, kv_cache=None):
+    def __init__(self, path, weights_format="f32", max_seq_len=256, threads=1, kv_cache=None, device=None):
         checkpoint = open_checkpoint(path)
         self.config = checkpoint.config
         stage, share = whole(self.config)
         reducer = TensorReducer(MPI.COMM_SELF)
-        self.weights = load_stage(checkpoint, weights_format, stage, share, reducer, MPI.COMM_SELF, threads=threads)
-        self.stage = TransformerStage(self.config, stage, share, self.weights, reducer, shared_pool(threads), sequences=1,
-                                      max_seq_len=max_seq_len, max_rows=max_seq_len, max_outputs=max_seq_len, kv_cache=kv_cache)
+        sizes = {"sequences": 1, "max_seq_len": max_seq_len, "max_rows": max_seq_len, "max_outputs": max_seq_len}
+        places = HostPlaces() if device is None else DevicePlaces(device)
+        self.weights = load_stage(checkpoint, weights_format, stage, share, reducer, MPI.COMM_SELF, threads=threads,
+                                  places=places)
+        whose = self.config, stage, share, self.weights, reducer
+        if device is None:
+            self.stage = TransformerStage(*whose, shared_pool(threads), kv_cache=kv_cache, **sizes)
+        else:
+            from llama_hpc.model.device_cache import DTYPES, DeviceCache
+            from llama_hpc.model.device_stage import DeviceStage
+            cache = DeviceCache(device, stage.layers, self.config.kv_heads, self.config.head_dim, 1, max_seq_len,
+                                DTYPES[kv_cache or self.weights.kv_cache])
+            self.stage = DeviceStage(*whose, device, cache=cache, **sizes)
 
     def forward(self, ids, start=0, chunk=None):
         """float32 [n, vocab_size] logits of ids, which follow ``start`` tokens already seen; prefilled ``chunk`` at a time."""

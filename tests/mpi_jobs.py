@@ -1,10 +1,14 @@
 """Running Python programs under mpirun."""
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -40,12 +44,23 @@ with open(sys.argv[1]) as file:
 """
 
 
+@cache
+def _sessions():
+    """The folder for what mpirun keeps of its jobs."""
+    folder = tempfile.mkdtemp(prefix="ompi-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def environment(mpi=None, env=None):
     """The environment of a job, see ``mpirun``."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_FOR_JOBS)}
     # The package of this checkout, whatever folder the job runs in.
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | (_OPENMPI if (mpi or MPI) == "openmpi" else {})
+    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    if (mpi or MPI) == "openmpi":
+        # An mpirun that was killed leaves a folder named after its process; a later one with the same number fails to start.
+        variables |= _OPENMPI | {"PRTE_MCA_prte_tmpdir_base": tempfile.mkdtemp(dir=_sessions())}
     for name, value in (env or {}).items():
         variables.pop(name, None)
         if value is not None:

@@ -91,6 +91,8 @@ class Device:
         self.architecture, self.multiprocessors = 10 * facts["major"] + facts["minor"], facts["multiProcessorCount"]
         if self.architecture < OLDEST:
             raise DeviceError(f"{self.name} has architecture sm_{self.architecture}: sm_{OLDEST} or newer is needed")
+        # Tells it from all others, on any host.
+        self.identity = facts["uuid"]
         self.stream = self._cupy.cuda.Stream(non_blocking=True)
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: dict[str, Any] = {}
@@ -112,6 +114,11 @@ class Device:
         """A copy of a device array on the host, into ``out`` (contiguous) if given. Waits for what was launched before."""
         with self.stream:
             return array.get(stream=self.stream, out=out)
+
+    def fetch(self, array, out: np.ndarray) -> None:
+        """Begins to copy a device array into ``out``, contiguous and pinned: it is there after ``synchronize``."""
+        with self.stream:
+            array.get(stream=self.stream, out=out, blocking=False)
 
     def pinned(self, shape, dtype) -> np.ndarray:
         """An array of zeros of the host, in memory that the device reads at full speed."""

@@ -44,6 +44,7 @@ from llama_hpc.runtime.topology import hostname, node_cores, thread_places
 from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint, weights_format
 from llama_hpc.weights.fingerprint import fingerprint
 from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
+from llama_hpc.weights.places import HostPlaces
 from llama_hpc.weights.store import Store
 
 _LOG = logging.getLogger(__name__)
@@ -216,7 +217,8 @@ class ModelJob:
         with (agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.show) as progress,
               suppress(PeerFailed)):    # The rank that failed says why.
             weights = load_stage(checkpoint, self.weights, self.part, self.share, TensorReducer(grid.tensor_comm),
-                                 grid.stage_comm, threads=self.threads, progress=progress.update, hashes=hashes, pool=self.pool)
+                                 grid.stage_comm, threads=self.threads, progress=progress.update, hashes=hashes,
+                                 places=HostPlaces(self.pool))
         self.content_hash = fingerprint(checkpoint, self.comm)
         return weights
 

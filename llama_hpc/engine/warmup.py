@@ -16,6 +16,7 @@ from llama_hpc.model.sizes import whole
 from llama_hpc.model.transformer import Batch, TransformerStage
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.weights.loader import load_stage, quantize_tensor
+from llama_hpc.weights.places import HostPlaces
 
 _LOOK = 0.002                   # seconds between looks at whether the others are ready
 
@@ -44,7 +45,8 @@ def warm_up(weights_format: str, pool: Pool, solo, kv_cache: str | None = None, 
     """
     checkpoint, reducer = _TinyCheckpoint(), TensorReducer(solo)
     stage, share = whole(checkpoint.config)
-    weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=pool.threads, pool=pool)
+    weights = load_stage(checkpoint, weights_format, stage, share, reducer, solo, threads=pool.threads,
+                         places=HostPlaces(pool))
     sizes = {"sequences": 1, "max_seq_len": 16, "max_rows": 9, "max_outputs": 1}
     if context:
         # One of two ranks: what it finds is not what the model says, but every kernel has run.

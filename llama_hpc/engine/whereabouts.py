@@ -22,7 +22,7 @@ class Whereabouts:
 
     def mark(self) -> Hashable:
         """Changes with every phase of a step, and every operation."""
-        return self._recorder.mark(), tuple(self._stage.steps.pool.reached())
+        return self._recorder.mark(), self._stage.mark()
 
     def state(self) -> dict[str, Any]:
         """``step`` and ``what``: the phase (see ``metrics.PHASES``), whom it waits for or which operation it came to last."""

@@ -215,6 +215,10 @@ class TransformerStage:
         group = self.buffers.context
         return [self.reducer.nanoseconds] + ([] if group is None else [group.reducer.nanoseconds])
 
+    def mark(self) -> tuple[int, ...]:
+        """Changes with every operation of a step. From any thread."""
+        return tuple(self.steps.pool.reached())
+
     def reached(self) -> str:
         """The operation that this rank came to last in a step, in words; empty before the first one. From any thread."""
         place = self.steps.pool.reached()[0]

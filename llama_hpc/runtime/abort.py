@@ -20,6 +20,7 @@ from llama_hpc.runtime.launch import environment_rank, is_first, let_first_speak
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _LAST = 3                       # seconds that MPI gets to end the job
+_PASS_ON = 0.1                  # seconds that what a rank says last takes at most to get to the launcher
 _WAIT, _NAP = 1.5, 0.005        # seconds that a rank which has failed waits for the others; between looks
 
 _guarded = False                # whether an error that is not caught ends the job
@@ -200,6 +201,8 @@ def _leave(error: LlamaHpcError | None, code: int) -> int:
         _print(error, getattr(error, "where", _here()))
     sys.stdout.flush()
     sys.stderr.flush()
+    # A launcher may not pass on what it has not read when it hears of the end.
+    time.sleep(_PASS_ON)
     MPI.COMM_WORLD.Abort(code)
     return code
 
@@ -212,6 +215,7 @@ def end_at_once(error: LlamaHpcError) -> None:
     log.keep_failure(error)
     MPI = started_mpi()
     if MPI is not None and MPI.COMM_WORLD.size > 1:
+        time.sleep(_PASS_ON)
         MPI.COMM_WORLD.Abort(error.exit_code)
     os._exit(error.exit_code)
 

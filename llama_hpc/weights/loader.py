@@ -16,8 +16,6 @@ from llama_hpc.errors import CheckpointError
 from llama_hpc.kernels import formats
 from llama_hpc.kernels.codebook import fit_codebook, sample_rows
 from llama_hpc.kernels.cpu.quantize import quantize_f16, quantize_q3_5, quantize_q4, quantize_q8, row_maxima
-from llama_hpc.kernels.cpu.weights import Weights, allocate, allocate_pair, fill
-from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.kernels.formats import LARGEST_WEIGHT, table_format
 from llama_hpc.kernels.numerics import BLOCK, INFINITY_BITS, down_block
 from llama_hpc.model.attention import AttentionWeights
@@ -29,6 +27,7 @@ from llama_hpc.model.mlp import MLPWeights
 from llama_hpc.model.shares import StageShare, TensorShare
 from llama_hpc.model.transformer import StageWeights
 from llama_hpc.weights.checkpoint import Checkpoint
+from llama_hpc.weights.places import HostPlaces
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 CHUNK = 1 << 21                 # weights converted at a time
@@ -40,15 +39,15 @@ class PeerFailed(Exception):
 
 def load_stage(checkpoint: Checkpoint, weights_format: str, stage: StageShare, share: TensorShare, reducer: TensorReducer,
                stage_comm: MPI.Comm, *, threads: int = 1, progress=None, hashes: dict[str, str] | None = None,
-               pool: Pool | None = None) -> StageWeights:
+               places=None) -> StageWeights:
     """One rank's weights. Collective over ``stage_comm``, the ranks of this stage in all replicas.
 
-    ``progress()`` is called after each of ``loading_steps``. The threads of ``pool`` touch the memory that they will read. With
-    ``hashes``, the packed bytes of every whole tensor of the stage are hashed (SHA-256) into it on tensor rank 0; give it to all
-    ranks of a tensor group or to none. Raises CheckpointError for damaged data, and PeerFailed on the ranks that wait for one
-    that failed.
+    ``progress()`` is called after each of ``loading_steps``. ``places``: where weights go (see ``weights.places``; default: the
+    host's memory). With ``hashes``, the packed bytes of every whole tensor of the stage are hashed (SHA-256) into it on tensor
+    rank 0; give it to all ranks of a tensor group or to none. Raises CheckpointError for damaged data, and PeerFailed on the
+    ranks that wait for one that failed.
     """
-    loader = _Loader(checkpoint, weights_format, share, reducer, threads, progress, hashes, pool)
+    loader = _Loader(checkpoint, weights_format, share, reducer, threads, progress, hashes, places)
     if weights_format == "q3_5" and not loader.packed:
         loader.fit_codebooks(stage, stage_comm)
     try:
@@ -105,9 +104,9 @@ def _quantised(stage: StageShare) -> list[str]:
 
 
 class _Loader:
-    def __init__(self, checkpoint, weights_format, share, reducer, threads, progress, hashes, pool=None):
+    def __init__(self, checkpoint, weights_format, share, reducer, threads, progress, hashes, places=None):
         self.checkpoint, self.config, self.format = checkpoint, checkpoint.config, weights_format
-        self.share, self.reducer, self.threads, self.pool = share, reducer, threads, pool
+        self.share, self.reducer, self.threads, self.places = share, reducer, threads, places or HostPlaces()
         self.progress, self.hashes = progress or (lambda: None), hashes
         self.packed = getattr(checkpoint, "packed", None)
         self.codebooks: dict[str, np.ndarray] = {}
@@ -180,7 +179,7 @@ class _Loader:
         """The two matrices of one product, whose panels alternate in memory."""
         names, rows, width = (prefix + "gate", prefix + "up"), self.share.ffn, self.config.hidden_size
         codebooks = [self.codebook_of(name, BLOCK, self.format) for name in names]
-        both = allocate_pair(self.format, len(rows), formats.Blocks(width, BLOCK), codebooks, self.pool)
+        both = self.places.pair(self.format, len(rows), formats.Blocks(width, BLOCK), codebooks)
         return [self.filled(weights, name, rows, None, self.format, f"{name}_bias" if self.config.mlp_bias else None)
                 for weights, name in zip(both, names, strict=True)]
 
@@ -188,7 +187,7 @@ class _Loader:
                bias: str | None = None) -> LinearWeights:
         """Rows and columns (None: all) of a projection in a weight format, and these rows of its bias."""
         blocks = formats.Blocks(self.checkpoint.shape(name)[1] if columns is None else len(columns), block)
-        weights = allocate(weights_format, len(rows), blocks, self.codebook_of(name, block, weights_format), self.pool)
+        weights = self.places.one(weights_format, len(rows), blocks, self.codebook_of(name, block, weights_format))
         return self.filled(weights, name, rows, columns, weights_format, bias)
 
     def codebook_of(self, name: str, block: int, weights_format: str) -> np.ndarray | None:
@@ -198,18 +197,18 @@ class _Loader:
         self._check_coding(name, weights_format, block)
         return getattr(self.packed(name, slice(0)), "codebook", None)
 
-    def filled(self, weights: Weights, name: str, rows: range, columns: range | None, weights_format: str,
+    def filled(self, weights, name: str, rows: range, columns: range | None, weights_format: str,
                bias: str | None) -> LinearWeights:
-        """Room that was allocated for these rows and columns, with their weights in it."""
+        """A place that was made for these rows and columns, with their weights in it."""
         held: list = []
         for first, part in self.parts(name, rows, columns, weights.blocks, weights_format):
-            fill(weights, first, part)
+            self.places.fill(weights, first, part)
             if self.hashes is not None:
                 held.append(part)
         if self.hashes is not None:
             self._hash(name, rows, columns, held)
         self.progress()
-        return LinearWeights(weights, self.vector(bias, rows) if bias else NO_BIAS)
+        return LinearWeights(self.places.complete(weights), self.vector(bias, rows) if bias else NO_BIAS)
 
     def parts(self, name: str, rows: range, columns: range | None, blocks: formats.Blocks, weights_format: str):
         """(first row within the share, weights as ``fill`` takes them) for chunks of the rows; their columns have ``blocks``."""

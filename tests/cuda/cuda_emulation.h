@@ -134,9 +134,11 @@ template <class T> T shuffle(unsigned mask, T value, int source) {
 
 inline void run_block(bool descending) {
     unsigned count = blockDim.x * blockDim.y * blockDim.z;
-    block.fibers = std::vector<Fiber>(count);
+    block.fibers.resize(count);
     for (unsigned i = 0; i < count; i++) {
         Fiber& fiber = block.fibers[i];
+        fiber.ended = false, fiber.barriers = fiber.exchanges = 0;
+        fiber.copies.clear(), fiber.groups.clear();
         fiber.lane = i % 32, fiber.warp = i / 32;
         getcontext(&fiber.context);
         fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
@@ -317,6 +319,7 @@ inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
 template <class T> T __ldg(const T* where) { return *where; }
 template <class T> T atomicAdd(T* where, T value) { T old = *where; *where = old + value; return old; }
 template <class T> T atomicOr(T* where, T value) { T old = *where; *where = old | value; return old; }
+template <class T> T atomicExch(T* where, T value) { T old = *where; *where = value; return old; }
 template <class T> T atomicMax(T* where, T value) { T old = *where; *where = old > value ? old : value; return old; }
 template <class T> T min(T a, T b) { return b < a ? b : a; }
 template <class T> T max(T a, T b) { return a < b ? b : a; }

@@ -23,9 +23,9 @@ import h5py
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpi_jobs import environment
 
-# What the log says when a phase begins, and for how many seconds at most the killer waits then.
-PHASES = {"load": ("grid ", 2.0), "prefill": ("loading: ", 1.0), "decode": ("answering: ", 6.0),
-          "write": (" answers with ", 0.05), "recovery": ("answering: ", 3.0)}
+# What the log says before a phase begins, and from when to when after that the killer strikes, in seconds.
+PHASES = {"load": ("grid ", 0.0, 2.0), "prefill": ("loading: ", 0.0, 0.8), "decode": ("loading: ", 0.8, 4.0),
+          "write": (" answers with ", 0.0, 0.05), "recovery": ("loading: ", 0.5, 3.0)}
 LAYOUTS = (("3x1x1", 0), ("2x1x2", 0), ("2x2x1", 0), ("2x1x2", 1))
 LIMIT = 240                     # seconds of a job
 
@@ -103,29 +103,29 @@ def result_of(output: Path) -> tuple[str, str, int]:
 
 
 def one_run(model: Path, prompts: Path, folder: Path, layout: tuple[str, int], phase: str, choose: random.Random,
-            tokens: int) -> tuple[str, str]:
-    """Runs a job in which ranks die; returns what happened and its digest (empty where it could not complete)."""
+            tokens: int) -> tuple[bool, str, str]:
+    """Runs a job in which ranks die; returns whether one did, what happened, and its digest (empty where it is not complete)."""
     grid, spares = layout
     ranks = spares + eval(grid.replace("x", "*"))
     output = folder / "dying.h5"
     output.unlink(missing_ok=True)
     argv = ["run", model, "--prompts", prompts, "--output", output, "--max-tokens", tokens, "--resume"]
     job = DyingJob(ranks, [*argv, "--grid", grid, "--spares", spares], folder)
-    start, (text, delay) = time.monotonic(), PHASES[phase]
+    start, (text, *when) = time.monotonic(), PHASES[phase]
     killed = []
     if job.wait_for(text, LIMIT):
-        time.sleep(choose.uniform(0, delay))
+        time.sleep(choose.uniform(*when))
         killed.append(job.kill(choose.choice))
         if phase == "recovery" and job.wait_for("lost rank", 60):
-            time.sleep(choose.uniform(0, 0.5))
+            time.sleep(choose.uniform(0, 0.3))
             killed.append(job.kill(choose.choice))
     code = job.end(LIMIT)
     status, digest, _ = result_of(output)
     story = f"{grid} and {spares} spare, {phase}: killed {killed}, exit code {code}, {time.monotonic() - start:.0f} s"
     if status == "complete" and code is not None:
-        return story, digest
+        return killed[:1] != [None], story, digest
     DyingJob(2, argv, folder).end(LIMIT)
-    return f"{story}{', NO END' if code is None else ''}, resumed to {result_of(output)}\n{job.text}", ""
+    return True, f"{story}{', NO END' if code is None else ''}, resumed to {result_of(output)}\n{job.text}", ""
 
 
 def main() -> int:
@@ -150,12 +150,14 @@ def main() -> int:
                 return 1
         right = result_of(folder / "right.h5")[1]
         print(f"seed {args.seed}, undisturbed digest {right}", flush=True)
-        wrong, hung = 0, 0
-        for number in range(args.runs):
+        number, wrong, hung = 0, 0, 0
+        while number < args.runs:
             phase = list(PHASES)[number % len(PHASES)]
-            story, digest = one_run(model, prompts, folder, LAYOUTS[number % len(LAYOUTS)], phase, choose, args.tokens)
+            died, story, digest = one_run(model, prompts, folder, LAYOUTS[number % len(LAYOUTS)], phase, choose, args.tokens)
+            # The killer was too late: that is no run, unless it went wrong.
+            number += died or digest != right
             wrong, hung = wrong + (digest != right), hung + ("NO END" in story)
-            print(f"{number + 1:3} {'right' if digest == right else 'WRONG'} {story}", flush=True)
+            print(f"{number:3} {'right' if digest == right else 'WRONG'}{'' if died else ', too late,'} {story}", flush=True)
     print(f"ulfm: {args.runs - wrong} of {args.runs} runs with the right digest, {hung} without an end", flush=True)
     return int(hung > 0 or wrong > args.runs // 25)
 

@@ -1,0 +1,108 @@
+"""Products on a device: y = x Wᵀ of activations and weights, with what follows them fused in. See products.cu."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..numerics import GROUP
+from .activations import Activation
+from .weights import TILE, DeviceWeights, groups_per_unit
+
+FLOAT, ADD, SUMS, GATED = range(4)
+FEW = 8                         # tokens that one launch of the kernels for few tokens multiplies
+PARTS = 3                       # of a product at most
+_TABLE_BYTES = 67584            # of shared memory for looking up codes of q3_5
+# Blocks of a multiprocessor and threads of a block, of the kernels for 1, 2, 4 and 8 tokens.
+_BLOCKS = {"q3_5": (2, 2, 1, 1), "q4": (2, 2, 1, 1), "q8": (1, 1, 1, 1)}
+_THREADS = {1: 512, 2: 384}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a product: its weights, where its outputs go ([rows, outputs], None with GATED), and their bias or None."""
+
+    weights: DeviceWeights
+    out: Any = None
+    bias: Any = None
+
+    @property
+    def arguments(self) -> tuple:
+        w = self.weights
+        return w.data, w.codebook, w.row_scales, self.bias, self.out, w.rows
+
+
+_NOTHING = (None,) * 5 + (0,)
+
+
+class Scratch:
+    """Where products of few tokens join their sums, for up to ``outputs`` outputs of all parts of a product together.
+
+    It is zero between products, so those that run one after the other share it.
+    """
+
+    def __init__(self, device, outputs: int):
+        self.tiles = -(-outputs // TILE) + PARTS
+        self.sums = device.zeros((self.tiles, FEW, TILE), np.int64)
+        self.arrived = device.zeros((self.tiles,), np.int32)
+
+    @property
+    def nbytes(self) -> int:
+        return self.sums.nbytes + self.arrived.nbytes
+
+
+def product(device, activation: Activation, parts: list[Part], rows, most: int, mode: int, status,
+            gated: Activation | None = None, scratch: Scratch | None = None) -> None:
+    """Outputs of each part for rows of the activations, parts of one format: float32 x Wᵀ + bias (FLOAT), or that added to the
+    float32 there (ADD), or int64 sums, multiples of 2**-32 (SUMS).
+
+    With GATED the parts are gate and up, and ``gated`` takes silu(gate) * up, quantised if it is; it has the outputs as columns.
+    ``rows``: int32 [1] on the device, at most ``most``. ``status``: int32 [1], which takes NOT_FINITE and OUT_OF_RANGE.
+    """
+    _check(activation, parts, mode, gated)
+    if scratch is None or scratch.tiles < sum(part.weights.tiles for part in parts):
+        raise ValueError(f"a product of {sum(part.weights.rows for part in parts)} outputs needs a Scratch for them")
+    for first in range(0, most, FEW):
+        _few(device, activation, parts, rows, first, min(FEW, most - first), mode, status, gated, scratch)
+
+
+def _check(activation: Activation, parts: list[Part], mode: int, gated: Activation | None) -> None:
+    first = parts[0].weights
+    if any(part.weights.format != first.format or part.weights.blocks != activation.blocks for part in parts):
+        raise ValueError("the parts of a product have one format, and the reduction blocks of its activations")
+    if first.quantized and not activation.quantized:
+        raise ValueError("quantised weights multiply quantised activations")
+    if len(parts) > PARTS or (mode == GATED and (len(parts) != 2 or len({part.weights.rows for part in parts}) > 1)):
+        raise ValueError(f"a product has up to {PARTS} parts, and with GATED two of one size")
+    if mode == GATED and (gated.blocks.size != first.rows or (gated.quantized and gated.blocks.block % GROUP)):
+        raise ValueError(f"gated activations of {gated.blocks.size} columns in blocks of {gated.blocks.block} do not take "
+                         f"{first.rows} outputs in whole groups")
+
+
+def _few(device, activation, parts, rows, first, count, mode, status, gated, scratch) -> None:
+    weights = parts[0].weights
+    variant = (count - 1).bit_length()
+    per_multiprocessor = _BLOCKS[weights.format][variant]
+    threads = _THREADS[per_multiprocessor]
+    starts = _starts(parts, mode, per_multiprocessor * device.multiprocessors, threads // TILE)
+    per_unit = groups_per_unit(weights.blocks)
+    ends = sum(1 << j for j in range(per_unit) if (j + 1) % weights.blocks.groups_per_block == 0)
+    given = [part.arguments for part in parts] + [_NOTHING] * (PARTS - len(parts))
+    target = (None, None, None, 0, 0) if gated is None else (gated.values, gated.x, gated.scales, gated.blocks.size,
+                                                             gated.blocks.block)
+    device.launch("products.cu", f"{weights.format}_for_{1 << variant}", (starts[2],), (threads,), *given[0],
+                  *given[1], *given[2], starts[0], starts[1], activation.x, activation.scales, weights.blocks.groups, per_unit, ends, rows, first, mode,
+                  *target, scratch.sums, scratch.arrived, status, shared=_TABLE_BYTES if weights.format == "q3_5" else 0)
+
+
+def _starts(parts: list[Part], mode: int, blocks: int, warps: int) -> tuple[int, int, int]:
+    """Where the blocks of the second and third part begin, and how many there are: in proportion to the work, and not more than
+    have any."""
+    work = [part.weights.tiles * part.weights.units for part in parts]
+    if mode == GATED:
+        work = [sum(work)]
+    total, ends = sum(work), []
+    for units in work:
+        share = max(1, min(round(blocks * units / total), -(-units // warps)))
+        ends.append(share + (ends[-1] if ends else 0))
+    return (*ends, *[ends[-1]] * (PARTS - len(ends)))
