@@ -68,6 +68,7 @@ class Pools:
             device.upload(np.full(array.shape, np.nan, np.float32), array)
         head_starts = np.concatenate([[0], np.cumsum(heads)]).astype(np.int32)
         on_device = [None if x is None else device.upload(x) for x in (q, self.keys, self.values, *self.scales)]
+        sequences, positions = ([*x, *[0] * spare] for x in (sequences, positions))
         integers = [device.upload(np.array(x, np.int32)) for x in (self.pages, sequences, positions, head_starts, [rows], [0])]
 
         def launch():
