@@ -46,8 +46,9 @@ def test_single_rows(device, kind, head_dim, heads, window):
     assert_same_bits(device, SINGLE, heads, head_dim, kind, LENGTHS, window)
 
 
-@pytest.mark.parametrize("kind,head_dim,heads,window", [*((kind, 64, (8,), 0) for kind in KINDS), *((kind, 128, (8, 1), 0)
-                         for kind in KINDS), (np.float32, 20, (16, 0), 0), (np.int8, 48, (7, 8), 150), (np.uint16, 144, (8,), 300)])
+@pytest.mark.parametrize("kind,head_dim,heads,window", [
+    *((kind, *shape) for kind in KINDS for shape in ((64, (8,), 0), (128, (8, 1), 0))),
+    (np.float32, 20, (16, 0), 0), (np.int8, 48, (7, 8), 150), (np.uint16, 144, (8,), 300)])
 def test_tiles_of_rows(device, kind, head_dim, heads, window):
     assert_same_bits(device, MIXED, heads, head_dim, kind, LENGTHS, window)
 
@@ -71,7 +72,7 @@ def test_windows(device, window):
 
 
 def test_a_window_shorter_than_a_tile(device):
-    assert_same_bits(device, run(236, 40), (16,), 8, window=2)
+    assert_same_bits(device, run(246, 20), (16,), 8, window=2)
 
 
 def test_scores_far_apart(device):
@@ -85,6 +86,20 @@ def test_outputs_are_quantised_head_by_head(device, head_dim):
     _, values, scales = reference.quantize_rows(expected, head_dim)
     assert np.array_equal(device.download(target.x)[:3], values)
     assert device.download(target.scales)[:3].tobytes() == scales.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows,head_dim,heads", [(1, 128, (4, 4)), (17, 128, (8, 8)), (257, 128, (4, 4)), (257, 64, (3, 1)),
+                                                 (65, 80, (1, 1)), (33, 256, (16,))])
+def test_long_sequences(gpu, kind, rows, head_dim, heads):
+    """The reference takes some of the rows only."""
+    pools, q = Pools([8192], len(heads), head_dim, kind), queries(rows, sum(heads) * head_dim)
+    sequences, positions = run(8192 - rows, rows)
+    status, target = pools.attend(gpu, q, sequences, positions, heads)
+    assert status == OK
+    for row in {0, rows // 2, rows - 1}:
+        expected = pools.expected(q[row : row + 1], [0], [positions[row]], heads)[1]
+        assert gpu.download(target.values)[row].tobytes() == expected.tobytes()
 
 
 def test_a_plan(device):
@@ -105,8 +120,8 @@ def test_a_plan(device):
 
 def test_a_step_is_replayed_with_other_rows(device):
     """Captured once, then run again with what is on the device by then: tiles, single rows, fewer rows."""
-    pools, heads = Pools(LENGTHS, 1, 16, np.uint16), (16,)
-    q, target, again = pools.attend(device, queries(18, 256), *MIXED, heads, record=True)[1:]
+    pools, heads = Pools(LENGTHS, 1, 16, np.uint16), (8,)
+    q, target, again = pools.attend(device, queries(18, 128), *MIXED, heads, record=True)[1:]
     for count, (sequences, positions) in ((18, MIXED), (11, SINGLE), (5, ((3,) * 5, range(254, 259)))):
         expected = pools.expected(q[:count], sequences, positions, heads)[1]
         assert again(count, sequences, positions) == OK
@@ -128,7 +143,7 @@ def ruined(where, bad, position):
     return pools
 
 
-@pytest.mark.parametrize("bad", [2.0**19, -1e6, np.inf, np.nan])
+@pytest.mark.parametrize("bad", [2.0**19, np.inf, np.nan])
 def test_values_out_of_range_are_told(device, bad):
     pools, q = ruined("v", bad, 299), queries(4, 32)
     assert pools.attend(device, q[:3], [0] * 3, [5, 256, 298], (1, 1))[0] == OK
