@@ -18,7 +18,6 @@ _SCORE_BYTES = 4 * _QUERIES * (ATTENTION_BLOCK + 4)
 _STAGE_BYTES = 4 * 16 * (ATTENTION_BLOCK + 4 + _QUERIES + 4)
 _WORK_BYTES = 4 << 10                       # what it declares itself, at most
 _TURNS = 64                                 # rows of a grid that takes rows in turn
-_SCRATCH_BYTES = 256 << 20
 _KINDS = {np.dtype(np.uint16): "half", np.dtype(np.float32): "float", np.dtype(np.int8): "int8"}
 
 
@@ -31,15 +30,13 @@ def most_blocks(most_positions: int, window: int) -> int:
 class Scratch:
     """What attention blocks leave for their merge: float32 maxima and sums [rows, heads, blocks], chains [.., width].
 
-    ``rows`` are taken at a time (fewer where those take more than 256 MiB, but 64), ``blocks`` are what a row sees at most,
-    ``heads`` all query heads, of which at most ``share`` read one KV head (all, if not told). All layers may use the same.
+    ``rows`` are taken at a time, ``blocks`` are what a row sees at most, ``heads`` all query heads, of which at most ``share``
+    read one KV head (all, if not told). All layers may use the same.
     """
 
     def __init__(self, device, rows: int, blocks: int, heads: int, head_dim: int, share: int | None = None):
         if not 0 < head_dim <= BLOCK or head_dim % 2:
             raise ValueError(f"heads of an even number of up to {BLOCK} columns are supported, not {head_dim}")
-        a_row = 4 * heads * blocks * (padded_head_dim(head_dim) + 2)
-        rows = min(rows, max(_SCRATCH_BYTES // a_row, _QUERIES) // _QUERIES * _QUERIES)
         self.rows, self.blocks, self.heads, self.head_dim, self.share = rows, blocks, heads, head_dim, max(share or heads, 1)
         self.maxima, self.sums = (device.zeros((rows, heads, blocks), np.float32) for _ in range(2))
         self.chains = device.zeros((rows, heads, blocks, padded_head_dim(head_dim)), np.float32)
@@ -99,7 +96,7 @@ def _decode(device, kind: str, operation: tuple, grid: tuple[int, int, int], scr
     """Row by row: all rows, or those that a plan leaves."""
     blocks, kv_heads, rows = grid
     tile = min(1 << (scratch.share - 1).bit_length(), _MOST_TILE)
-    a_head = 4 * (ATTENTION_BLOCK + -(-scratch.head_dim // 4) * 4)
+    a_head = 4 * (ATTENTION_BLOCK + BLOCK)
     others = _RING_BYTES + 4 * (ATTENTION_BLOCK + ATTENTION_BLOCK // PAGE)
     while tile * a_head + others > device.shared_bytes:
         tile //= 2
