@@ -15,6 +15,9 @@ from .compiler import OLDEST, compile_source, sources
 
 # cudaError_t of the CUDA Runtime API.
 _INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100
+# A kernel gets more shared memory than this only when that was asked for: by these CUfunction_attributes, of which the second one
+# is the percentage of a multiprocessor's memory.
+_SHARED_BYTES, _MAX_DYNAMIC_SHARED, _CARVEOUT = 48 << 10, 8, 9
 
 
 class DeviceError(RuntimeError):
@@ -75,7 +78,8 @@ def _explained(runtime, error) -> str:
 class Device:
     """The GPU ``number`` of this process. Everything happens in order on one stream, beside the host.
 
-    ``architecture``: 90 for sm_90. ``multiprocessors``: how many blocks at least keep it busy. Raises DeviceError.
+    ``architecture``: 90 for sm_90. ``multiprocessors``: how many blocks at least keep it busy. ``shared_bytes``: shared memory
+    that a block can have. Raises DeviceError.
     """
 
     def __init__(self, number: int = 0):
@@ -87,7 +91,7 @@ class Device:
             facts = self._cupy.cuda.runtime.getDeviceProperties(number)
         except self._cupy.cuda.runtime.CUDARuntimeError as error:
             raise DeviceError(f"GPU {number} cannot be used: {error}") from None
-        self.name = facts["name"].decode()
+        self.name, self.shared_bytes = facts["name"].decode(), facts["sharedMemPerBlockOptin"]
         self.architecture, self.multiprocessors = 10 * facts["major"] + facts["minor"], facts["multiProcessorCount"]
         if self.architecture < OLDEST:
             raise DeviceError(f"{self.name} has architecture sm_{self.architecture}: sm_{OLDEST} or newer is needed")
@@ -96,6 +100,7 @@ class Device:
         self.stream = self._cupy.cuda.Stream(non_blocking=True)
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: dict[str, Any] = {}
+        self._shared: dict[tuple[str, str], int] = {}
 
     def zeros(self, shape, dtype):
         """An array of zeros on the device."""
@@ -140,7 +145,12 @@ class Device:
                 module.load(compile_source(file, self.architecture))
                 self._modules[file] = module
             self._kernels[file, kernel] = self._modules[file].get_function(kernel)
-        return self._kernels[file, kernel]
+        function = self._kernels[file, kernel]
+        if shared > self._shared.get((file, kernel), _SHARED_BYTES):
+            self._cupy.cuda.driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED, shared)
+            self._cupy.cuda.driver.funcSetAttribute(function.ptr, _CARVEOUT, 100)
+            self._shared[file, kernel] = shared
+        return function
 
     def compile(self) -> None:
         """Compiles all kernels for this device, or finds that it was done on this node before."""

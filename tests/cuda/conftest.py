@@ -15,3 +15,11 @@ def device(request):
     if why := missing():
         pytest.skip(why)
     return EmulatedDevice(request.param == "descending")
+
+
+@pytest.fixture
+def gpu(request, device):
+    """A real device, for what is too large for the emulated one."""
+    if not request.config.getoption("--gpu", default=False):
+        pytest.skip("too large for an emulated GPU")
+    return device
