@@ -32,12 +32,12 @@ def compare(path, ids, device, **options):
 
 
 @pytest.mark.parametrize("weights_format", FORMATS)
-def test_formats(device, checkpoint, weights_format):
+def test_formats(one_device, checkpoint, weights_format):
     ids = [int(i) for i in prompt("llama_odd")] * 3
-    stage = compare(checkpoint("llama_odd"), ids, device, weights_format=weights_format)
+    stage = compare(checkpoint("llama_odd"), ids, one_device, weights_format=weights_format)
     assert stage.replayed_steps == 4
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "llama_odd"])
-def test_families(device, checkpoint, case):
-    compare(checkpoint(case), [int(i) for i in prompt(case)] * 3, device, weights_format="q8", kv_cache="q8")
+def test_families(one_device, checkpoint, case):
+    compare(checkpoint(case), [int(i) for i in prompt(case)] * 3, one_device, weights_format="q8", kv_cache="q8")
