@@ -65,7 +65,10 @@ template <class Format, int TOKENS> struct Multiplier {
     }
     __device__ inline void begin(const Part& part, const Place& where) {
         int lane = threadIdx.x % 32;
-        place = 4 * lane + 128 * where.second;
+        if (Format::SHARED) {
+            DYNAMIC_SHARED(table);
+            place = shared_address(table + 4 * lane + TABLE_BYTES * where.second);
+        }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) row_scale[r] = part.row_scales[where.tile * TILE + row(r, lane)];
     }

@@ -13,7 +13,7 @@ FLOAT, ADD, SUMS, GATED = range(4)
 FEW = 8                         # tokens that one launch of the kernels for few tokens multiplies
 PARTS = 3                       # of a product at most
 _ROW_THREADS = 256
-_TABLE_BYTES = 65536            # of shared memory for looking up codes of q3_5
+_TABLE_BYTES = 32768            # of shared memory for looking up codes of a tensor in q3_5
 # Blocks of a multiprocessor and threads of a block, of kernels for 1, 2, 4 and 8 tokens: as their registers allow.
 _SHAPES = {"integers": ((1, 512),) * 4, "floats": ((4, 256), (4, 256), (3, 256), (2, 256))}
 
@@ -93,7 +93,11 @@ def _few(device, activation, parts, rows, first, count, mode, status, gated, scr
         file, inputs = "products_float.cu", (activation.values, activation.blocks.size, activation.blocks.block)
     device.launch(file, f"{weights.format}_for_{1 << variant}", (starts[2],), (threads,), *given[0], *given[1], *given[2],
                   starts[0], starts[1], mode, *target, scratch.sums, scratch.arrived, rows, first, status, *inputs,
-                  shared=_TABLE_BYTES if weights.format == "q3_5" else 0)
+                  shared=_table_bytes(weights, mode))
+
+
+def _table_bytes(weights: DeviceWeights, mode: int) -> int:
+    return _TABLE_BYTES * (2 if mode == GATED else 1) if weights.format == "q3_5" else 0
 
 
 def _quantized_inputs(activation: Activation) -> tuple:
