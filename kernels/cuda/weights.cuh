@@ -33,8 +33,8 @@ __device__ inline void fill_table(const uint16_t* codebook, int number) {
 }
 
 // Each format: how many vectors a unit has of codes, bytes of its factors, shared memory for its tables; UNITY is what dots are
-// multiples of. ``decode`` gives the two fragments of group j, of the upper and the lower half of the tile; ``place`` is where in
-// shared memory a lane's words of the table begin. ``Factors`` are those of a row, ``of`` the one of group j, for a warp together. AHEAD: registers
+// multiples of. ``decode`` gives two fragments, of the upper and the lower half of the tile, of the first or second of two groups
+// from the words of both; ``place`` is where in shared memory a lane's words of the table begin. ``Factors`` are those of a row, ``of`` the one of group j, for a warp together. AHEAD: registers
 // hold the codes of one unit more, which are loaded while others are multiplied.
 struct Pairs {
     static constexpr int VECTORS = 7, ROW_BYTES = 4, SHARED = TABLE_BYTES;
@@ -42,16 +42,15 @@ struct Pairs {
     static constexpr float UNITY = 1.0f;
     typedef uint32_t Factors;
 
-    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, uint32_t place) {
-        const uint32_t* pair = words + j / 2 * 7;
+    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t* pair, int j, uint32_t place) {
         uint32_t last = 0;
-        if (j % 2) {
+        if (j) {
 #pragma unroll
             for (int i = 0; i < 7; i++) last |= pair[i] << (i + 1) & 0x02020202u << i;
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            uint32_t word = j % 2 ? (i < 3 ? pair[4 + i] : last) : pair[i];
+            uint32_t word = j ? (i < 3 ? pair[4 + i] : last) : pair[i];
 #pragma unroll
             for (int row = 0; row < 2; row++)
                 a[i / 2][i % 2 * 2 + row] = __byte_perm(load_shared(__dp4a(word, 0x80u << 16 * row, place)),
@@ -81,11 +80,11 @@ struct Nibbles : HalfFactors {
     static constexpr bool AHEAD = true;
     static constexpr float UNITY = 16.0f;
 
-    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, uint32_t) {
+    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t* pair, int j, uint32_t) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            a[i / 2][i % 2 * 2] = words[4 * j + i] & 0xF0F0F0F0u;
-            a[i / 2][i % 2 * 2 + 1] = words[4 * j + i] << 4 & 0xF0F0F0F0u;
+            a[i / 2][i % 2 * 2] = pair[4 * j + i] & 0xF0F0F0F0u;
+            a[i / 2][i % 2 * 2 + 1] = pair[4 * j + i] << 4 & 0xF0F0F0F0u;
         }
     }
 };
@@ -95,12 +94,13 @@ struct Bytes : HalfFactors {
     static constexpr bool AHEAD = false;
     static constexpr float UNITY = 1.0f;
 
-    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, uint32_t) {
+    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t* pair, int j, uint32_t) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = words[8 * j + i];
+        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = pair[8 * j + i];
     }
 };
 
+template <class Format> constexpr int PAIR_WORDS = Format::VECTORS;         // of a lane for two groups
 template <class Format> constexpr int UNIT_BYTES = TILE * (16 * Format::VECTORS + Format::ROW_BYTES);
 
 // A dot as float32: ``multiply_int8`` adds to START, the bits of a number whose last place is worth a dot of 1.
