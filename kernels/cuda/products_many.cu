@@ -19,6 +19,7 @@ struct Inputs {
 
 template <class Format> struct Multiplier {
     static constexpr int RAW_BYTES = ROW_WARPS * UNIT_BYTES<Format>, SCALES = TOKENS * UNIT / THREADS;
+    static constexpr int STEPS = TOKENS * UNIT * 2 / THREADS;
     const Inputs& in;
     const unsigned char* tiles[ROW_WARPS];
     unsigned char *raw, *x, *fragments;
@@ -37,22 +38,27 @@ template <class Format> struct Multiplier {
 
     // Begins to copy a unit. Rows behind the last one repeat it.
     __device__ inline void fetch(int unit) {
-        int first = unit * in.per_unit, count = groups_in(unit);
-        for (int i = threadIdx.x; i < RAW_BYTES / 16; i += THREADS) {
-            int second = i >= UNIT_BYTES<Format> / 16, at = 16 * i - second * UNIT_BYTES<Format>;
-            copy_async(raw + 16 * i, (second ? tiles[1] : tiles[0]) + (int64)unit * UNIT_BYTES<Format> + at);
-        }
-        for (int i = threadIdx.x; i < TOKENS * UNIT * 2; i += THREADS) {
-            int token = i / (UNIT * 2), j = i / 2 % UNIT;
-            if (j < count)
-                copy_async(x + unit % 2 * X_BYTES + cell(token, j) + i % 2 * 16,
-                           in.x + ((int64)min(in.first + token, in.last - 1) * in.groups + first + j) * GROUP + i % 2 * 16);
+        int first = unit * in.per_unit, count = groups_in(unit), thread = threadIdx.x;
+#pragma unroll
+        for (int tile = 0; tile < ROW_WARPS; tile++)
+#pragma unroll
+            for (int i = 0; i < UNIT_BYTES<Format>; i += 16 * THREADS)
+                if (int at = i + 16 * thread; at < UNIT_BYTES<Format>)
+                    copy_async(raw + tile * UNIT_BYTES<Format> + at, tiles[tile] + (int64)unit * UNIT_BYTES<Format> + at);
+        // A thread copies the same half of the same group of every sixteenth token.
+        int j = thread / 2 % UNIT, token = thread / (2 * UNIT), half = thread % 2 * 16;
+        if (j < count) {
+            const int8_t* source = in.x + (first + j) * GROUP + half;
+            unsigned char* target = x + unit % 2 * X_BYTES + cell(token, j) + half;
+#pragma unroll
+            for (int i = 0; i < STEPS; i++)
+                copy_async(target + i * (TOKENS / STEPS) * UNIT * GROUP,
+                           source + (int64)min(in.first + token + i * (TOKENS / STEPS), in.last - 1) * (in.groups * GROUP));
         }
         commit_copies();
-        const float* source = in.scales + (int64)min(in.first + (int)threadIdx.x % TOKENS, in.last - 1) * in.groups;
+        const float* source = in.scales + (int64)min(in.first + thread % TOKENS, in.last - 1) * in.groups;
 #pragma unroll
-        for (int i = 0; i < SCALES; i++)
-            next_scales[i] = source[min(first + (int)threadIdx.x / TOKENS * SCALES + i, in.groups - 1)];
+        for (int i = 0; i < SCALES; i++) next_scales[i] = source[min(first + thread / TOKENS * SCALES + i, in.groups - 1)];
     }
 
     // Decodes two groups of the tile of this warp, and the factors of its rows in these.
@@ -63,7 +69,7 @@ template <class Format> struct Multiplier {
 #pragma unroll
         for (int i = 0; i < PAIR_WORDS<Format>; i++) {
             int number = pair * PAIR_WORDS<Format> + i;
-            words[i] = *(const uint32_t*)(unit + number / 4 * 16 * TILE + 16 * lane + number % 4 * 4);
+            words[i] = *(const uint32_t*)(unit + 16 * lane + number / 4 * (16 * TILE) + number % 4 * 4);
         }
         typename Format::Factors listed = ((const typename Format::Factors*)(unit + 16 * TILE * Format::VECTORS))[lane];
 #pragma unroll
@@ -130,7 +136,7 @@ template <class Format> __device__ inline void multiply_tile(
         for (int start = 0; start < count; start += in.per_block) {
             float f[COLUMNS][2][4] = {};
             int stop = min(start + in.per_block, count);
-#pragma unroll 2
+#pragma unroll 4
             for (int j = start; j < stop; j++) multiplier.multiply(f, unit, j);
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++)
