@@ -92,6 +92,7 @@ def _node_facts(ranks: int) -> list[tuple[str, str]]:
     """The facts of this node, on which ``ranks`` of this job run."""
     from llama_hpc.kernels.cpu.places import all_cpus, cache_sizes, cpu_text, domains, numa_nodes, physical_cores
     from llama_hpc.kernels.cpu.target import kernels
+    from llama_hpc.runtime.devices import gpus_text, look
     from llama_hpc.runtime.tables import size
     from llama_hpc.runtime.topology import default_threads, node_cores, thread_places
     cpus, caches = all_cpus(), cache_sizes()
@@ -104,6 +105,7 @@ def _node_facts(ranks: int) -> list[tuple[str, str]]:
         ("cores", f"{physical_cores(cpus)} ({len(cpus)} cpus), {node_cores()} for this job"),
         ("caches", f"L1d {size(caches.l1d)}, L2 {size(caches.l2)}, L3 {size(caches.l3)} for {caches.l3_cores} cores"),
         ("kernels", kernels()),
+        ("GPUs", gpus_text(look("auto"))),
         ("threads of a rank", f"{threads}, {bound}"),
     ]
 

@@ -121,10 +121,12 @@ def has_nccl() -> bool:
     return False
 
 
-def choose_exchange(device, reducer: TensorReducer, rows: int, columns: int) -> StagedExchange:
-    """The fastest way to sum int64 [rows, columns] over the tensor group, measured. Collective over it; the first rank logs the
-    choice and what each way takes."""
+def choose_exchange(device, reducer: TensorReducer, rows: int, columns: int) -> StagedExchange | None:
+    """The fastest way to sum int64 [rows, columns] over the tensor group, measured; None where that is one rank. Collective over
+    it; the first rank logs what each way takes."""
     comm = reducer.comm
+    if comm.size == 1:
+        return None
     kinds = [StagedExchange]
     # One device for two ranks is nothing for NCCL, nor what only some of them have for anybody.
     if comm.allreduce(cuda_aware(), MPI.LAND):

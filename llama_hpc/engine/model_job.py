@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpi4py import MPI
 
@@ -26,14 +26,14 @@ from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.waiting import Alarm
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.context import shared_bytes
-from llama_hpc.model.kv_cache import cache_format
+from llama_hpc.model.kv_cache import DTYPES, KVCache, cache_format
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cache
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.binding import launch_table, launch_warnings, own_place
-from llama_hpc.runtime.devices import CPU, Choice, memory_of
+from llama_hpc.runtime.devices import CPU, Choice, memory_of, open_device
 from llama_hpc.runtime.gpus import GpuMonitor
 from llama_hpc.runtime.heartbeat import Heartbeat
 from llama_hpc.runtime.launch import fault_tolerant
@@ -44,8 +44,12 @@ from llama_hpc.runtime.topology import hostname, node_cores, thread_places
 from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint, weights_format
 from llama_hpc.weights.fingerprint import fingerprint
 from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
-from llama_hpc.weights.places import HostPlaces
+from llama_hpc.weights.places import DevicePlaces, HostPlaces
 from llama_hpc.weights.store import Store
+
+if TYPE_CHECKING:
+    from llama_hpc.model.device_cache import DeviceCache
+    from llama_hpc.model.device_stage import DeviceStage
 
 _LOG = logging.getLogger(__name__)
 _POLL = 0.2                     # seconds between looks at the shared counters
@@ -125,7 +129,27 @@ class ModelJob:
         self.context_comm = self.grid.tensor_comm.Split(self.grid.tensor_index // context, self.grid.tensor_index)
         replica = self.grid.replica
         self.alarm = Alarm(lambda: failed(replica)) if fault_tolerant() else None
+        self._settle_device()
         return self.grid
+
+    def _settle_device(self) -> None:
+        """The ranks of a tensor group compute on the same kind of device, and on GPUs deal out no positions. Collective."""
+        gpu, context = self.device.kind == "gpu", self.settings.context_parallel
+        alike = self.grid.tensor_comm.allreduce(gpu, MPI.LAND) == self.grid.tensor_comm.allreduce(gpu, MPI.LOR)
+        refused = self.comm.allreduce(gpu and (not alike or context > 1), MPI.LOR)
+        if not refused:
+            return
+        why = (f"--context-parallel {context} is for CPUs" if context > 1 else
+               "of tensor ranks that reduce together only some have one; let the tensor dimension divide the GPUs of a node")
+        with agreed(self.comm, "choosing the devices"):
+            if self.settings.device == "gpu":
+                raise UsageError(f"--device gpu: {why}")
+        if gpu and (not alike or context > 1):
+            self.device = CPU
+            self.binding = replace(self.binding, device=CPU)
+            self.monitor = GpuMonitor(CPU)
+        if self.first:
+            _LOG.warning("some ranks that have a GPU compute on the CPU: %s", why)
 
     def choose_shape(self, *sizes: int, reserved: int = 0) -> GridShape:
         """The shape that was asked for, or else the one that ``auto_grid`` finds for ``sizes``, its last parameters.
@@ -197,18 +221,19 @@ class ModelJob:
         start = time.monotonic()
         with agreed(self.comm, "starting the threads"):
             self.pool = Pool(self.threads)
-        once_per_node(self.node, lambda: warm_up(self.weights, self.pool, MPI.COMM_SELF, self.kv_cache,
-                                                 self.settings.context_parallel > 1))
+        with agreed(self.comm, "opening the GPUs"):
+            self.gpu = open_device(self.device) if self.device.kind == "gpu" else None
+        once_per_node(self.node, self._make_kernels)
         # Not before: the threads that quantise, now started, would inherit the one place of this thread.
         self.pool.bind(self.places)
         if self.first and time.monotonic() - start > 2:
             _LOG.info("kernels ready after %.1f s", time.monotonic() - start)
 
-    def _reducer(self, comm: MPI.Comm, window_bytes: int) -> TensorReducer:
-        """Joins over the tensor or the context group, in shared memory where --reduce and the places of the ranks allow."""
-        with agreed(self.comm, "preparing the reductions"):
-            return tensor_reducer(comm, self.settings.reduce, self.node.size * self.threads > node_cores(), window_bytes,
-                                  self.alarm)
+    def _make_kernels(self) -> None:
+        if self.gpu is not None:
+            self.gpu.compile()
+        else:
+            warm_up(self.weights, self.pool, MPI.COMM_SELF, self.kv_cache, self.settings.context_parallel > 1)
 
     def load(self, hashes: dict[str, str] | None = None) -> StageWeights:
         """This rank's weights. ``hashes`` receives those of tensors."""
@@ -218,26 +243,45 @@ class ModelJob:
               suppress(PeerFailed)):    # The rank that failed says why.
             weights = load_stage(checkpoint, self.weights, self.part, self.share, TensorReducer(grid.tensor_comm),
                                  grid.stage_comm, threads=self.threads, progress=progress.update, hashes=hashes,
-                                 places=HostPlaces(self.pool))
+                                 places=HostPlaces(self.pool) if self.gpu is None else DevicePlaces(self.gpu))
         self.content_hash = fingerprint(checkpoint, self.comm)
         return weights
 
-    def make_stage(self, weights: StageWeights, **sizes: int) -> TransformerStage:
-        """This rank's part of the model, made for ``sizes`` (see TransformerStage). ``stage.free`` gives memory back.
-
-        It computes on ``self.device``, which is a CPU as long as ``devices.COMPUTES`` is false.
-        """
-        whose = self.checkpoint.config, self.part, self.share, weights
+    def make_stage(self, weights: StageWeights, **sizes: int) -> "TransformerStage | DeviceStage":
+        """This rank's part of the model on its device, made for ``sizes`` (see TransformerStage). ``stage.free`` gives memory
+        back."""
+        config, rows = self.checkpoint.config, sizes["max_rows"]
+        whose, settings = (config, self.part, self.share, weights), self.settings
         # Before anything that ranks make together, in which the others would wait for one that failed.
         with agreed(self.comm, "making the KV cache"):
-            cache = make_cache(*whose, sizes["sequences"], sizes["max_seq_len"], sizes.get("pages"), self.kv_cache)
-        config, rows = self.checkpoint.config, sizes["max_rows"]
-        # Shared windows hold two regions of int64 sums and one of float32 rows.
-        reducer = self._reducer(self.grid.tensor_comm, rows * config.hidden_size * (2 * 8 + 4))
-        context = self._reducer(self.context_comm, rows * shared_bytes(config.head_dim, self.share))
+            cache = self._make_cache(whose, sizes["sequences"], sizes["max_seq_len"], sizes.pop("pages", None))
+        with agreed(self.comm, "preparing the reductions"):
+            if self.gpu is not None:
+                from llama_hpc.comm.device_exchange import choose_exchange
+                reducer = TensorReducer(self.grid.tensor_comm)
+                exchange = choose_exchange(self.gpu, reducer, sizes["max_outputs"], config.hidden_size)
+            else:
+                # Shared windows hold two regions of int64 sums and one of float32 rows.
+                reducer = self._reducer(self.grid.tensor_comm, rows * config.hidden_size * (2 * 8 + 4))
+                context = self._reducer(self.context_comm, rows * shared_bytes(config.head_dim, self.share))
         with agreed(self.comm, "making the buffers"):
-            return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=self.settings.sequence_parallel,
-                                    overlap_from=self.settings.overlap, cache=cache, context=context)
+            if self.gpu is not None:
+                from llama_hpc.model.device_stage import DeviceStage
+                return DeviceStage(*whose, reducer, self.gpu, cache=cache, exchange=exchange, **sizes)
+            return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=settings.sequence_parallel,
+                                    overlap_from=settings.overlap, cache=cache, context=context)
+
+    def _make_cache(self, whose: tuple, sequences: int, max_seq_len: int, pages: int | None) -> "KVCache | DeviceCache":
+        if self.gpu is None:
+            return make_cache(*whose, sequences, max_seq_len, pages, self.kv_cache)
+        from llama_hpc.model.device_cache import DeviceCache
+        config, part, share = whose[:3]
+        return DeviceCache(self.gpu, part.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
+                           DTYPES[self.kv_cache], pages)
+
+    def _reducer(self, comm: MPI.Comm, window_bytes: int) -> TensorReducer:
+        """Joins over the tensor or the context group, in shared memory where --reduce and the places of the ranks allow."""
+        return tensor_reducer(comm, self.settings.reduce, self.node.size * self.threads > node_cores(), window_bytes, self.alarm)
 
     def work(self, total: int, unit: str, label: str, run: Callable[[SharedCounters, float, Any], Any]
              ) -> tuple[Any, float, int]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from llama_hpc.errors import DeviceUnavailable
 from llama_hpc.kernels.cuda import activations, attention, kv_store, products, sampling
 from llama_hpc.kernels.cuda.activations import Activation
+from llama_hpc.kernels.cuda.device import DeviceError
 from llama_hpc.kernels.cuda.products import Part
 from llama_hpc.kernels.numerics import ATTENTION_BLOCK, BLOCK, NOT_FINITE, down_block
 from llama_hpc.kernels.sampling import SEGMENT
@@ -22,23 +24,29 @@ from llama_hpc.model.faults import Faults
 from llama_hpc.model.shares import VOCABULARY_TILE, StageShare, TensorShare
 
 GRAPH_ROWS = 64                 # steps of so many rows at most are captured as graphs and replayed
+_SCRATCH_BYTES = 256 << 20      # of attention, or what one row needs
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a recorded step can do at most: rows, outputs, and positions of a sequence."""
+    """What a recorded step can do at most: rows, outputs, positions of a sequence, and rows that follow one another in one
+    sequence."""
 
     rows: int
     outputs: int
     positions: int
+    longest: int
 
     @classmethod
-    def of(cls, rows: int, outputs: int, positions: int) -> "Bounds":
-        """The bounds under which a step is recorded: few different ones, and not far above what it needs."""
-        def above(count: int) -> int:
-            return count if count <= 4 else -(-count // 8) * 8 if count <= GRAPH_ROWS else count
+    def of(cls, batch, most: "Bounds") -> "Bounds":
+        """The bounds under which a step is recorded: few different ones, not far above what it needs, not above ``most``."""
+        rows, positions = batch.rows, int(batch.positions[: batch.rows].max()) + 1
+        alone = rows == len(set(batch.sequences[:rows].tolist()))
+        def above(count: int, limit: int) -> int:
+            return min(count if count <= 4 or count > GRAPH_ROWS else -(-count // 8) * 8, limit)
         blocks = 1 << (-(-positions // ATTENTION_BLOCK) - 1).bit_length()
-        return cls(above(rows), above(outputs), blocks * ATTENTION_BLOCK)
+        return cls(above(rows, most.rows), above(len(batch.outputs), most.outputs), blocks * ATTENTION_BLOCK,
+                   1 if alone else above(rows, most.rows))
 
 
 class DeviceStage:
@@ -55,6 +63,7 @@ class DeviceStage:
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.device, self.cache, self.exchange, self.faults = device, cache, exchange, Faults()
         self.max_rows, self.max_outputs = max_rows, max_outputs
+        self._most = Bounds(max_rows, max_outputs, max_seq_len, max_rows)
         self.replayed_steps = 0
         self._names: list[tuple[int, tuple[str, ...]]] = []
         self._buffers(max_seq_len)
@@ -70,12 +79,19 @@ class DeviceStage:
     # What the engine asks of a stage.
 
     def forward(self, batch) -> None:
-        """As ``TransformerStage.forward``: runs the stage's layers on the residual."""
+        """As ``TransformerStage.forward``: runs the stage's layers on the residual. Raises DeviceUnavailable where the device is
+        lost."""
+        try:
+            self._forward(batch)
+        except DeviceError as error:
+            raise DeviceUnavailable(f"{error}; --resume goes on with what is finished, on other devices too") from None
+
+    def _forward(self, batch) -> None:
         rows, outputs = batch.rows, len(batch.outputs)
         self._load(batch, rows, outputs)
         if not self.stage.first:
             self.device.upload(self.residual[:rows], self._residual[:rows])
-        self._run(Bounds.of(rows, outputs, int(batch.positions[:rows].max()) + 1), rows)
+        self._run(Bounds.of(batch, self._most), rows)
         self._finish(rows, outputs)
 
     @property
@@ -124,7 +140,12 @@ class DeviceStage:
         self._attended = Activation(device, rows, self.heads * config.head_dim, min(config.head_dim, BLOCK), quantized)
         self._gated = Activation(device, rows, ffn, down_block(config.intermediate_size), quantized)
         self._cosines, self._sines = map(device.upload, rope.tables(config, max_seq_len))
-        self._scratch = attention.Scratch(device, rows, -(-max_seq_len // ATTENTION_BLOCK), self.heads, config.head_dim)
+        self._product_scratch = products.Scratch(device, max(
+            (self.heads + 2 * self.kv_heads) * config.head_dim, 2 * ffn, hidden, len(share.vocabulary) if self.stage.last else 0))
+        blocks = 1 << (-(-max_seq_len // ATTENTION_BLOCK) - 1).bit_length()
+        at_a_time = max(1, _SCRATCH_BYTES // (4 * self.heads * blocks * (config.head_dim + 18)))
+        self._scratch = attention.Scratch(device, min(rows, at_a_time), blocks, self.heads, config.head_dim,
+                                          -(-config.num_heads // config.kv_heads))
         # Of a step: counts of rows and of outputs, then row by row token, sequence and position, then the selected rows.
         self._given = device.pinned(2 + 3 * rows + self.max_outputs, np.int32)
         self._step = device.zeros(self._given.shape, np.int32)
@@ -193,8 +214,8 @@ class DeviceStage:
     def _add_product(self, number: int, x: Activation, linears: dict[str, tuple[Any, Any]], mode: int, gated=None) -> None:
         parts = [self._part(linear, out) for linear, out in linears.values() if linear.weights.rows]
         if parts:
-            self._add(lambda most, status: products.product(self.device, x, parts, self._rows, most.rows, mode, status, gated),
-                      number, *linears)
+            self._add(lambda most, status: products.product(self.device, x, parts, self._rows, most.rows, mode, status, gated,
+                                                           self._product_scratch), number, *linears)
 
     def _add_row_parallel(self, number: int, name: str, linear, x: Activation) -> None:
         """residual += x Wᵀ + b, over the tensor group."""
@@ -204,8 +225,8 @@ class DeviceStage:
         bias = self.device.upload(linear.bias) if linear.bias.size else None
         if linear.weights.blocks.size:
             part = Part(linear.weights, self._sums, None)
-            self._add(lambda most, status: products.product(self.device, x, [part], self._rows, most.rows, products.SUMS, status),
-                      number, name)
+            self._add(lambda most, status: products.product(self.device, x, [part], self._rows, most.rows, products.SUMS, status,
+                                                           scratch=self._product_scratch), number, name)
         self._exchange(lambda rows: self._join_sums(rows, bool(linear.weights.blocks.size)))
         self._add(lambda most, status: products.finish(self.device, self._sums, self._rows, most.rows, self._residual, bias,
                                                        status), number, name)
@@ -225,7 +246,7 @@ class DeviceStage:
             device, self._q, pages=cache.table, sequences=self._sequences, positions=self._positions,
             head_starts=self._head_starts, kv_heads=self.kv_heads, head_dim=config.head_dim, window=config.window(number),
             scale=self._scale, target=self._attended, rows=self._rows, most=most.rows, most_positions=most.positions,
-            scratch=self._scratch, status=status, **pools), number, "attention")
+            scratch=self._scratch, status=status, longest=most.longest, **pools), number, "attention")
         self._add_row_parallel(number, "o", a.o, self._attended)
 
     def _add_mlp(self, number: int, layer) -> None:
@@ -247,7 +268,8 @@ class DeviceStage:
                 self._exchange(lambda rows: getattr(self.exchange, name)(values[: self._fresh], host[: self._fresh]))
         add(lambda most, status: activations.rms_norm(device, self._residual, weight, eps, self._selected, count, most, status,
                                                       self._chosen), "final_norm")
-        add(lambda most, status: products.product(device, self._selected, parts, count, most, products.FLOAT, status), "head")
+        add(lambda most, status: products.product(device, self._selected, parts, count, most, products.FLOAT, status,
+                                                  scratch=self._product_scratch), "head")
         add(lambda most, status: sampling.find_best(device, self._logits, self.share.vocabulary.start, count, most, self._best))
         join(self._best, self.best, "maximum")
         add(lambda most, status: sampling.find_totals(device, self._logits, self._best, count, most, self._totals))

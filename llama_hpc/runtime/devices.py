@@ -4,6 +4,7 @@ CUDA_VISIBLE_DEVICES, and what SLURM binds to a task, decide which GPUs a rank s
 first, so that a node without GPUs loads nothing.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from llama_hpc.kernels.cuda.device import DeviceError, DeviceFacts, free_memory,
 from llama_hpc.runtime.tables import size
 from llama_hpc.runtime.topology import available_memory, hostname
 
-COMPUTES = False                # whether a stage of a model can compute on a GPU (see ``ModelJob.make_stage``)
+# Values of CUDA_VISIBLE_DEVICES with which nobody counts on a GPU; SLURM sets the last one in jobs that have not asked for any.
+_HIDDEN = ("", "-1", "NoDevFiles")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def look(option: str, root: Path = ROOT, devices: Callable[[], Sequence[DeviceFa
         return Sight(why="no NVIDIA driver", surprising=False)
     if not any(map(str.isdecimal, files)):
         return Sight(why="an NVIDIA driver, but no GPU")
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) in _HIDDEN:
+        return Sight(why=f"CUDA_VISIBLE_DEVICES={hidden!r} hides all GPUs", surprising=False)
     try:
         found = (devices or visible_devices)()
     except DeviceError as error:
@@ -82,7 +86,13 @@ def look(option: str, root: Path = ROOT, devices: Callable[[], Sequence[DeviceFa
         return Sight(why=f"{found[0].name} has architecture sm_{found[0].architecture}, sm_{OLDEST} or newer is needed")
     if not usable:
         return Sight(why="no GPU that this rank may use")
-    return Sight(usable) if COMPUTES else Sight(why="this version computes on CPUs only", surprising=False)
+    return Sight(usable)
+
+
+def gpus_text(sight: Sight) -> str:
+    """``2: NVIDIA H200 (140.40 GiB), NVIDIA H200 (140.40 GiB)``, or ``none: no NVIDIA driver``."""
+    named = ", ".join(f"{device.name} ({size(device.memory_bytes)})" for device in sight.devices)
+    return f"{len(sight.devices)}: {named}" if named else f"none: {sight.why}"
 
 
 def choose(sights: Sequence[Sight]) -> list[Choice]:
@@ -140,5 +150,14 @@ def memory_of(choice: Choice, ranks_on_node: int, free: Callable[[int], int] | N
         return available_memory() // ranks_on_node
     try:
         return (free or free_memory)(choice.number)
+    except DeviceError as error:
+        raise DeviceUnavailable(f"{choice.text} of {hostname()}: {error}") from None
+
+
+def open_device(choice: Choice):
+    """The GPU of a choice, a ``kernels.cuda.device.Device``. Raises DeviceUnavailable."""
+    from llama_hpc.kernels.cuda.device import Device
+    try:
+        return Device(choice.number)
     except DeviceError as error:
         raise DeviceUnavailable(f"{choice.text} of {hostname()}: {error}") from None

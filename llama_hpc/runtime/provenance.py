@@ -14,6 +14,7 @@ from llama_hpc.runtime.launch import started_mpi
 from llama_hpc.runtime.topology import hostname
 
 _PACKAGES = ("numpy", "numba", "mpi4py", "h5py")
+_CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")        # of which one is installed
 
 # SLURM, PBS, Flux, LSF: the first one set counts.
 _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "FLUX_JOB_ID", "LSB_JOBID")
@@ -22,7 +23,7 @@ _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "FLUX_JOB_ID", "LSB_JOBID")
 def collect() -> dict[str, str]:
     """Facts about this process as text, for the attributes of a result file; what is unknown is left out.
 
-    Keys: ``llama_hpc``, ``python``, ``numpy``, ``numba``, ``mpi4py``, ``h5py`` (versions), ``mpi_library`` (once
+    Keys: ``llama_hpc``, ``python``, ``numpy``, ``numba``, ``mpi4py``, ``h5py``, ``cupy`` (versions), ``mpi_library`` (once
     MPI is started), ``command``, ``host``, ``machine``, ``job`` (variable=value of the scheduler), ``git_commit``
     (with ``-dirty`` when tracked files were changed), ``start_time`` (of this call, ISO 8601, UTC).
     Makes no MPI communication.
@@ -31,6 +32,7 @@ def collect() -> dict[str, str]:
         "llama_hpc": llama_hpc.__version__,
         "python": platform.python_version(),
         **{name: version for name in _PACKAGES if (version := _version(name))},
+        "cupy": next(filter(None, map(_version, _CUPY)), ""),
         "mpi_library": _mpi_library(),
         "command": shlex.join(sys.argv),
         "host": hostname(),

@@ -32,7 +32,8 @@ def take_devices(comm, node, option: str) -> list[Choice]:
     """What each rank of ``node``, those of ``comm`` on this node, computes on, by ``option``: auto, cpu or gpu.
 
     With auto, the first rank tells which ranks have no GPU. Collective over ``comm``; with gpu, all ranks raise the same error
-    where one has none: UsageError for more ranks than GPUs, else DeviceUnavailable.
+    where one has none: UsageError for more ranks than GPUs, else DeviceUnavailable. What ranks outside of ``comm`` compute on is
+    not known here: where they use GPUs too, CUDA_VISIBLE_DEVICES has to divide these.
     """
     if option == "cpu":
         return [CPU] * node.size

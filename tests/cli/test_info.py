@@ -116,7 +116,7 @@ def test_this_node_alone_and_after_a_model(capsys, tiny, monkeypatch):
     text = capsys.readouterr().out
     title, facts, layouts = node_section(text)
     assert text.startswith("this node, ") and title == f"this node, {socket.gethostname()}:"
-    assert list(facts) == ["sockets", "NUMA nodes", "cores", "caches", "kernels", "threads of a rank"]
+    assert list(facts) == ["sockets", "NUMA nodes", "cores", "caches", "kernels", "GPUs", "threads of a rank"]
     assert facts["kernels"] == kernels() and int(facts["sockets"]) >= 1
     assert facts["threads of a rank"].startswith(f"{available_cores()}, ")
     assert facts["caches"].startswith("L1d ") and facts["caches"].endswith(" cores")

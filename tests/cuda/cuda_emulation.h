@@ -53,7 +53,9 @@ namespace emulation {
 struct Copy { void* target; const void* source; };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;                         // of its beginning
+    void* place[5];                             // where it has paused: as __builtin_setjmp keeps it, without calls of the system
+    bool begun = false;
     std::vector<char> stack = std::vector<char>(1 << 16);
     bool ended = false;
     long barriers = 0, exchanges = 0;           // how many it has come to
@@ -65,16 +67,31 @@ struct Fiber {
 
 struct Block {
     std::vector<Fiber> fibers;
-    ucontext_t scheduler;
+    void* scheduler[5];
     Fiber* current = nullptr;
     long events = 0;                            // how often a thread got further
+    long barriers = 0;                          // sums of those of all threads, and of a warp's
+    std::vector<long> exchanges;
     std::function<void()> body;
     std::vector<char> shared;
 };
 
 inline Block block;
 
-inline void pause() { swapcontext(&block.current->context, &block.scheduler); }
+// A jump is a function of its own, of which the compiler knows nothing: it must expect any change of memory, and a return.
+__attribute__((noipa)) inline void jump(void** place) { __builtin_longjmp(place, 1); }
+
+__attribute__((noipa)) inline void pause() {
+    if (!__builtin_setjmp(block.current->place)) jump(block.scheduler);
+}
+
+// Lets a thread go on until it pauses.
+__attribute__((noipa)) inline void go_on(Fiber& fiber) {
+    if (__builtin_setjmp(block.scheduler)) return;
+    if (fiber.begun) jump(fiber.place);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+}
 
 inline void place(unsigned number) {
     threadIdx = {number % blockDim.x, number / blockDim.x % blockDim.y, number / (blockDim.x * blockDim.y)};
@@ -90,17 +107,10 @@ inline void entry() {
 }
 
 inline void barrier() {
-    long mine = ++block.current->barriers;
+    long wanted = ++block.current->barriers * block.fibers.size();
     block.events++;
-    for (;;) {
-        bool all = true;
-        for (auto& fiber : block.fibers) {
-            if (fiber.ended && fiber.barriers < mine) fail("a thread has ended that others wait for");
-            all &= fiber.barriers >= mine;
-        }
-        if (all) return;
-        pause();
-    }
+    // None gets to the next barrier before all have come to this one: the sum tells.
+    for (block.barriers++; block.barriers < wanted;) pause();
 }
 
 // Shows up to four words to the warp, and returns when all lanes have; ``lane`` tells what another one shows.
@@ -109,16 +119,9 @@ inline int exchange(const uint64_t* words, int count) {
     int turn = ++self.exchanges % 2;
     memcpy(self.slots[turn], words, 8 * count);
     block.events++;
-    for (;;) {
-        bool all = true;
-        for (int lane = 0; lane < 32; lane++) {
-            Fiber& other = block.fibers[self.warp * 32 + lane];
-            if (other.ended && other.exchanges < self.exchanges) fail("a lane has ended that its warp waits for");
-            all &= other.exchanges >= self.exchanges;
-        }
-        if (all) return turn;
-        pause();
-    }
+    long &sum = block.exchanges[self.warp], wanted = self.exchanges * 32;
+    for (sum++; sum < wanted;) pause();
+    return turn;
 }
 
 inline const uint64_t* lane(int turn, int number) { return block.fibers[block.current->warp * 32 + number].slots[turn]; }
@@ -135,9 +138,11 @@ template <class T> T shuffle(unsigned mask, T value, int source) {
 inline void run_block(bool descending) {
     unsigned count = blockDim.x * blockDim.y * blockDim.z;
     block.fibers.resize(count);
+    block.barriers = 0;
+    block.exchanges.assign(count / 32, 0);
     for (unsigned i = 0; i < count; i++) {
         Fiber& fiber = block.fibers[i];
-        fiber.ended = false, fiber.barriers = fiber.exchanges = 0;
+        fiber.ended = fiber.begun = false, fiber.barriers = fiber.exchanges = 0;
         fiber.copies.clear(), fiber.groups.clear();
         fiber.lane = i % 32, fiber.warp = i / 32;
         getcontext(&fiber.context);
@@ -154,11 +159,11 @@ inline void run_block(bool descending) {
             if (!fiber.ended) {
                 place(number);
                 block.current = &fiber;
-                swapcontext(&block.scheduler, &fiber.context);
+                go_on(fiber);
             }
             ended += fiber.ended;
         }
-        if (block.events == before && ended < count) fail("waits for ever");
+        if (block.events == before && ended < count) fail(ended ? "waits for threads that have ended" : "waits for ever");
     }
 }
 

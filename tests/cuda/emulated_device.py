@@ -21,6 +21,7 @@ from llama_hpc.kernels.cuda import compiler
 FOLDER = Path(__file__).parent
 GUARD = 256
 _KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(|^KERNEL\((\w+)", re.MULTILINE)
+_MACRO = re.compile(r"^#define (?:.*\\\n)*.*", re.MULTILINE)
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-march=native", "-fPIC", "-shared", "-w", "-DLLAMA_HPC_EMULATION")
 
 
@@ -41,7 +42,7 @@ def build(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for file, text in texts.items():
             Path(scratch, file).write_text(text)
-        names = [a or b for a, b in _KERNEL.findall(texts[name])]
+        names = [a or b for a, b in _KERNEL.findall(_MACRO.sub("", texts[name]))]
         unit = Path(scratch, "unit.cpp")
         unit.write_text(f'#include "{name}"\n' + "".join(f"EXPORT({kernel})\n" for kernel in names))
         job = subprocess.run(["g++", *_FLAGS, f"-I{scratch}", str(unit), "-o", f"{scratch}/library.so"], capture_output=True,
@@ -54,7 +55,7 @@ def build(name: str) -> Path:
 class EmulatedDevice:
     """``Device`` without one. Threads of a block take turns in ascending or ``descending`` order."""
 
-    name, number, architecture, multiprocessors = "emulated", 0, 90, 4
+    name, number, architecture, multiprocessors, shared_bytes = "emulated", 0, 90, 4, 227 << 10
 
     def __init__(self, descending: bool = False):
         self.descending, self.launches, self.identity = descending, 0, (os.uname().nodename, os.getpid())
@@ -96,7 +97,7 @@ class EmulatedDevice:
         if file not in self._libraries:
             self._libraries[file] = ctypes.CDLL(str(build(file)))
         function = getattr(self._libraries[file], f"launch_{kernel}")
-        assert shared <= 227 << 10 and int(np.prod(block)) <= 1024 and all(grid)
+        assert shared <= self.shared_bytes and int(np.prod(block)) <= 1024 and all(grid)
         sizes = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -106,6 +107,9 @@ class EmulatedDevice:
             function(sizes, ctypes.c_size_t(shared), int(self.descending), pointers)
         self._do(run)
         run.values = values
+
+    def compile(self):
+        pass
 
     def synchronize(self):
         pass

@@ -54,3 +54,6 @@ def test_what_is_left_is_neither_done_nor_taken():
 def test_memory_is_shared_by_the_ranks_of_a_host():
     states = [state(host="a", memory=90), state(host="a", memory=80), state(host="b", memory=70), state(host="b")]
     assert hosts_memory(states, [0, 1, 2]) == (1, 40)
+    # That of a GPU is one rank's.
+    states[:2] = [state(host="a", memory=60)._replace(own_memory=True), state(host="a", memory=80)._replace(own_memory=True)]
+    assert hosts_memory(states, [0, 1, 2]) == (1, 60)

@@ -23,9 +23,9 @@ import h5py
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpi_jobs import environment
 
-# What the log says when a phase begins, and for how many seconds at most the killer waits then.
-PHASES = {"load": ("grid ", 2.0), "prefill": ("loading: ", 1.0), "decode": ("answering: ", 4.0),
-          "write": (" answers with ", 0.05), "recovery": ("answering: ", 2.0)}
+# What the log says before a phase begins, and from when to when after that the killer strikes, in seconds.
+PHASES = {"load": ("grid ", 0.0, 2.0), "prefill": ("loading: ", 0.0, 0.8), "decode": ("loading: ", 0.8, 4.0),
+          "write": (" answers with ", 0.0, 0.05), "recovery": ("loading: ", 0.5, 3.0)}
 LAYOUTS = (("3x1x1", 0), ("2x1x2", 0), ("2x2x1", 0), ("2x1x2", 1))
 LIMIT = 240                     # seconds of a job
 
@@ -111,13 +111,13 @@ def one_run(model: Path, prompts: Path, folder: Path, layout: tuple[str, int], p
     output.unlink(missing_ok=True)
     argv = ["run", model, "--prompts", prompts, "--output", output, "--max-tokens", tokens, "--resume"]
     job = DyingJob(ranks, [*argv, "--grid", grid, "--spares", spares], folder)
-    start, (text, delay) = time.monotonic(), PHASES[phase]
+    start, (text, *when) = time.monotonic(), PHASES[phase]
     killed = []
     if job.wait_for(text, LIMIT):
-        time.sleep(choose.uniform(0, delay))
+        time.sleep(choose.uniform(*when))
         killed.append(job.kill(choose.choice))
         if phase == "recovery" and job.wait_for("lost rank", 60):
-            time.sleep(choose.uniform(0, 0.5))
+            time.sleep(choose.uniform(0, 0.3))
             killed.append(job.kill(choose.choice))
     code = job.end(LIMIT)
     status, digest, _ = result_of(output)

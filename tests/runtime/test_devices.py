@@ -10,16 +10,16 @@ from llama_hpc.errors import DeviceUnavailable, UsageError
 from llama_hpc.kernels.cuda import device as cuda
 from llama_hpc.kernels.cuda.device import DeviceError, DeviceFacts
 from llama_hpc.runtime import devices
-from llama_hpc.runtime.devices import CPU, Choice, Sight, choose, devices_text, look, memory_of, refusal, without_gpu
+from llama_hpc.runtime.devices import CPU, Choice, Sight, choose, devices_text, gpus_text, look, memory_of, refusal, without_gpu
 
 GIB = 1 << 30
 H200 = 150_754_820_096
 
 
 @pytest.fixture(autouse=True)
-def computing(monkeypatch):
-    monkeypatch.setattr(devices, "COMPUTES", True)
+def host(monkeypatch):
     monkeypatch.setattr(devices, "hostname", lambda: "n1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture
@@ -50,6 +50,12 @@ def test_a_node_without_a_driver_is_not_asked(tmp_path):
     write_files(tmp_path, {"proc/driver/nvidia/version": "NVRM", "dev/nvidiactl": ""})
     assert look("auto", tmp_path, asked) == Sight(why="an NVIDIA driver, but no GPU")
     assert look("cpu", tmp_path, asked) == Sight(surprising=False)
+
+
+@pytest.mark.parametrize("value", ["", "-1", "NoDevFiles"])
+def test_gpus_that_are_hidden_surprise_nobody(node, monkeypatch, value):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert look("auto", node, list) == Sight(why=f"CUDA_VISIBLE_DEVICES={value!r} hides all GPUs", surprising=False)
 
 
 def test_looking_for_no_gpu_loads_nothing():
@@ -94,11 +100,6 @@ def test_gpus_that_cannot_be_used(node, case):
     assert isinstance(error, DeviceUnavailable) and error.exit_code == 1
     assert str(error) == f"--device gpu on n1: {why}; --device auto or cpu computes on the CPU"
     assert without_gpu([choice], ["n1"]) == (f"all ranks compute on the CPU: {why} (n1)", True)
-
-
-def test_without_a_stage_for_gpus_all_compute_on_the_cpu(node, monkeypatch):
-    monkeypatch.setattr(devices, "COMPUTES", False)
-    assert look("auto", node, lambda: [gpu(0)]) == Sight(why="this version computes on CPUs only", surprising=False)
 
 
 def test_the_nth_rank_takes_the_nth_gpu():
@@ -151,6 +152,8 @@ def test_names():
     choices = choose([seen(*map(gpu, range(4)))] * 4)
     assert choices[2].text == "gpu 2, NVIDIA H200 (140.40 GiB)" and CPU.text == "cpu"
     assert devices_text(choices) == "gpu 0-3, NVIDIA H200 (140.40 GiB)" and devices_text([CPU, CPU]) == "cpu"
+    assert gpus_text(seen(gpu(0), gpu(1))) == "2: NVIDIA H200 (140.40 GiB), NVIDIA H200 (140.40 GiB)"
+    assert gpus_text(Sight(why="no NVIDIA driver")) == "none: no NVIDIA driver"
     bound = choose([seen(gpu(place, 0)) for place in range(4)])
     assert devices_text(bound) == "gpu 0 each, NVIDIA H200 (140.40 GiB)"
 
