@@ -189,6 +189,14 @@ template <class... A> void launch(void (*kernel)(A...), dim3 grid, dim3 threads,
 
 inline void* dynamic_shared() { return (void*)(((uintptr_t)block.shared.data() + 15) & ~(uintptr_t)15); }
 
+inline uint32_t shared_address(const void* where) { return (uint32_t)((const char*)where - block.shared.data()); }
+inline uint32_t load_shared(uint32_t address) {
+    uint32_t word;
+    if (address + 4 > block.shared.size()) fail("reads behind the shared memory");
+    memcpy(&word, block.shared.data() + address, 4);
+    return word;
+}
+
 inline uint4 aligned16(const void* where) {
     if ((uintptr_t)where % 16) fail("16 bytes are read from an address that is no multiple of 16");
     uint4 value;
@@ -305,6 +313,10 @@ inline long long __float2ll_rn(float value) { return std::isnan(value) ? 0 : std
 inline long long __double2ll_rn(double value) { return std::isnan(value) ? 0 : std::llrint(value); }
 inline double __ll2double_rn(long long value) { return (double)value; }
 inline float __double2float_rn(double value) { return (float)value; }
+inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
+    for (int i = 0; i < 4; i++) c += (a >> 8 * i & 255) * (b >> 8 * i & 255);
+    return c;
+}
 inline int __dp4a(int a, int b, int c) { return emulation::dot4(a, b, c); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     uint64_t bytes = x | (uint64_t)y << 32;
