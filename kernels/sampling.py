@@ -18,6 +18,20 @@ _MASK = 2**64 - 1
 TEMPERATURES = 2.0**-64, 2.0**64
 _FEW = 256                      # tokens that are put in order at first: most draws need no more
 
+SEGMENT = 4096                  # logits of which backends tell the largest, and the sum of weights, together
+NOTHING = np.int64(-(2**63))    # below the key of any logit
+
+
+def token_of(keys: np.ndarray) -> np.ndarray:
+    """The tokens of int64 keys: the logit, in an order of integers, in the upper half; below it 2**31 - 1 - token."""
+    return 0x7FFFFFFF - (keys & 0xFFFFFFFF)
+
+
+def logit_of(keys: np.ndarray) -> np.ndarray:
+    """The float32 logits of int64 keys."""
+    high = (keys >> 32).astype(np.int32)
+    return np.where(high < 0, np.int32(-0x80000000) - high, high).astype(np.int32).view(np.float32)
+
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """Philox4x64-10: four 64-bit random numbers from a key of two and a counter of four."""

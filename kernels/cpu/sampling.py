@@ -8,14 +8,12 @@ from numba import carray, njit
 from numba.extending import intrinsic
 
 from ..numerics import FIXED
+from ..sampling import NOTHING, SEGMENT
 from .functions import exp
 from .memory import float32_at, int32_at, int64_at, record, record_pointer
 from .operation import operation
 from .simd import float_from_bits, rint
 from .team import begin, chunk, work_at
-
-SEGMENT = 4096                  # logits of a task
-NOTHING = np.int64(-(2**63))    # below the key of any logit
 
 # logits: float32 [rows, stride] of tokens ``first`` …; best, totals: int64 [rows, segments]; rows: an int64.
 LOGITS = record("team", "status", "work", "rows", "logits", "stride", "columns", "first", "segments", "best", "totals")
@@ -63,17 +61,6 @@ def _total(logits, count, maximum):
     for i in range(count):
         total += np.int64(rint(exp(logits[i] - maximum) * FIXED))
     return total
-
-
-def token_of(keys: np.ndarray) -> np.ndarray:
-    """The tokens of int64 keys."""
-    return 0x7FFFFFFF - (keys & 0xFFFFFFFF)
-
-
-def logit_of(keys: np.ndarray) -> np.ndarray:
-    """The float32 logits of int64 keys."""
-    high = (keys >> 32).astype(np.int32)
-    return np.where(high < 0, np.int32(-0x80000000) - high, high).astype(np.int32).view(np.float32)
 
 
 @operation

@@ -3,7 +3,7 @@
 import numpy as np
 from mpi4py import MPI
 
-from llama_hpc.kernels.cpu.sampling import logit_of, token_of
+from llama_hpc.kernels.sampling import logit_of, token_of
 from llama_hpc.model.faults import NONE
 from llama_hpc.model.transformer import TransformerStage
 
