@@ -4,7 +4,7 @@
 
 constexpr int THREADS = 256, EACH = SEGMENT / THREADS;
 
-// best [rows, segments]: the greatest key of a segment of logits [rows, columns], whose first token is ``first``; NOTHING of none.
+// best [rows, segments]: the greatest key of each segment of logits [rows, columns] of tokens ``first`` ...; NOTHING of none.
 extern "C" __global__ void __launch_bounds__(THREADS) find_best(
         const float* logits, int columns, int first, const int* rows, int64* best) {
     __shared__ int64 greatest[MOST_WARPS];

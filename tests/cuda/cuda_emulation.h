@@ -300,6 +300,8 @@ inline long long __float2ll_rn(float value) { return std::isnan(value) ? 0 : std
 inline long long __double2ll_rn(double value) { return std::isnan(value) ? 0 : std::llrint(value); }
 inline double __ll2double_rn(long long value) { return (double)value; }
 inline float __double2float_rn(double value) { return (float)value; }
+inline long long __double_as_longlong(double value) { long long bits; memcpy(&bits, &value, 8); return bits; }
+inline double __longlong_as_double(long long bits) { double value; memcpy(&value, &bits, 8); return value; }
 inline int __dp4a(int a, int b, int c) { return emulation::dot4(a, b, c); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     uint64_t bytes = x | (uint64_t)y << 32;
@@ -316,6 +318,7 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t by) {
 inline uint64_t __umul64hi(unsigned long long a, unsigned long long b) { return (uint64_t)((unsigned __int128)a * b >> 64); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
+inline int __clzll(long long value) { return value ? __builtin_clzll(value) : 64; }
 template <class T> T __ldg(const T* where) { return *where; }
 template <class T> T atomicAdd(T* where, T value) { T old = *where; *where = old + value; return old; }
 template <class T> T atomicOr(T* where, T value) { T old = *where; *where = old | value; return old; }
