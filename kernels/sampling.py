@@ -16,21 +16,9 @@ _MASK = 2**64 - 1
 # Logits are multiples of 2**-32 below 2**20. Below the lowest of these temperatures all weight lies on the maximum,
 # above the highest it is the same everywhere, and nothing between them overflows (nor with adjusted logits, below 2**33).
 TEMPERATURES = 2.0**-64, 2.0**64
-_FEW = 256                      # tokens that are put in order at first: most draws need no more
-
-SEGMENT = 4096                  # logits of which backends tell the largest, and the sum of weights, together
+SEGMENT = 4096                  # logits whose largest one, and sum of weights, are found together
 NOTHING = np.int64(-(2**63))    # below the key of any logit
-
-
-def token_of(keys: np.ndarray) -> np.ndarray:
-    """The tokens of int64 keys: the logit, in an order of integers, in the upper half; below it 2**31 - 1 - token."""
-    return 0x7FFFFFFF - (keys & 0xFFFFFFFF)
-
-
-def logit_of(keys: np.ndarray) -> np.ndarray:
-    """The float32 logits of int64 keys."""
-    high = (keys >> 32).astype(np.int32)
-    return np.where(high < 0, np.int32(-0x80000000) - high, high).astype(np.int32).view(np.float32)
+_FEW = 256                      # tokens that are put in order at first: most draws need no more
 
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -73,6 +61,18 @@ def order_keys(logits, ids):
     bits = logits[ids].view(np.int32).astype(np.int64)
     ascending = np.where(bits < 0, -0x80000000 - bits, bits)
     return ((0x7FFFFFFF - ascending).astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
+
+
+def token_of(keys: np.ndarray) -> np.ndarray:
+    """The tokens of int64 keys, as backends find the largest of a segment: the logit's order in the upper half, below it
+    2**31 - 1 - token, so that of equal ones the lowest id comes first."""
+    return 0x7FFFFFFF - (keys & 0xFFFFFFFF)
+
+
+def logit_of(keys: np.ndarray) -> np.ndarray:
+    """The float32 logits of int64 keys."""
+    high = (keys >> 32).astype(np.int32)
+    return np.where(high < 0, np.int32(-0x80000000) - high, high).astype(np.int32).view(np.float32)
 
 
 def largest(logits, count: int):

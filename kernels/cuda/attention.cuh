@@ -19,8 +19,8 @@ constexpr int BLOCK_PAGES = ATTENTION_BLOCK / PAGE;
     const int *rows, int first_row, const int *head_starts, int kv_heads, int head_dim, int window, float scale, int heads, \
     int blocks, float *maxima, float *sums, float *chains
 #define ATTENTION_OPERATION \
-    q, q_stride, keys, values, key_scales, value_scales, pages, pages_stride, sequences, positions, rows, first_row, head_starts, \
-    kv_heads, head_dim, window, scale, heads, blocks, maxima, sums, chains
+    q, q_stride, keys, values, key_scales, value_scales, pages, pages_stride, sequences, positions, rows, first_row, \
+    head_starts, kv_heads, head_dim, window, scale, heads, blocks, maxima, sums, chains
 
 struct Attention {
     const float* q; int q_stride; const void *keys, *values; const uint16_t *key_scales, *value_scales;
@@ -60,8 +60,8 @@ __device__ inline float2 load_pair(const int8_t* at) {
 }
 
 // exp(s - maximum) of one head's scores of a block in place of them, a warp together; returns their sum, on all lanes, and sets
-// ``maximum``. A NaN among the scores becomes a NaN weight, masked ones become zeros. ``value_scales`` [256], or null, multiply the
-// weights behind the sum.
+// ``maximum``. A NaN among the scores becomes a NaN weight, masked ones become zeros. ``value_scales`` [256], or null, multiply
+// the weights behind the sum.
 __device__ inline float weigh_scores(float* scores, int low, int high, const float* value_scales, float& maximum) {
     constexpr int EACH = ATTENTION_BLOCK / 32;
     float mine[EACH];

@@ -56,7 +56,7 @@ def attention(device, q, keys, values, pages, sequences, positions, head_starts,
               key_scales=None, value_scales=None, longest: int | None = None) -> None:
     """target = softmax(q keys * scale) values over the positions visible to each row, quantised if the target is.
 
-    q: float32 [rows, heads * head_dim]; ``pages`` int32 [sequences, most pages]; ``sequences``, ``positions`` int32 [rows];
+    q: float32 [rows, heads * head_dim]; ``pages`` int32 [sequences, most pages]; ``sequences``, ``positions`` int32 [most];
     ``head_starts`` int32 [kv_heads + 1]: the first query head of each KV head; ``window``: positions that a row sees, 0 for all.
     ``rows``: int32 [1], at most ``most``; no position is beyond ``most_positions`` - 1. ``longest``: how many rows may be
     consecutive positions of one sequence (1 where each row is another sequence); ``most`` if not told. ``status``: int32 [1],

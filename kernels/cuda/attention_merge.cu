@@ -6,7 +6,7 @@
 constexpr int THREADS = 256, WARPS = THREADS / 32, COLUMNS = 128;
 
 // Grid: query heads, rows. target [rows, heads * head_dim] from row first_row on; x and scales, if given: its quantised form, of
-// which a head of head_dim is one reduction block. Shared memory: a float32 for each block. status takes OUT_OF_RANGE, NOT_FINITE.
+// which a head is one reduction block. Shared memory: a float32 for each block. ``status`` takes OUT_OF_RANGE and NOT_FINITE.
 extern "C" __global__ void __launch_bounds__(THREADS) merge_blocks(
         const float* maxima, const float* sums, const float* chains, const int* positions, const int* rows, int first_row,
         int head_dim, int window, int blocks, float* target, int8_t* x, float* scales, int* status) {
@@ -15,7 +15,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_blocks(
     float* weights = (float*)shared;
     int row = first_row + blockIdx.y, head = blockIdx.x, heads = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= *rows) return;
-    int position = positions[row], count = position / ATTENTION_BLOCK - first_block(position, window) + 1, width = padded(head_dim);
+    int position = positions[row], width = padded(head_dim);
+    int count = position / ATTENTION_BLOCK - first_block(position, window) + 1;
     int64 place = ((int64)blockIdx.y * heads + head) * blocks, total = 0;
     // Every warp finds the same weights: that is less than meeting twice.
     float maximum = -__int_as_float(INFINITY_BITS);
@@ -30,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_blocks(
     __syncthreads();
     int found = OK;
     for (int start = 0; start < head_dim; start += COLUMNS) {
-        // A warp takes every eighth block, a lane four neighbouring columns: all blocks of a long sequence are on their way at once.
+        // A warp takes every eighth block, a lane four neighbouring columns: many blocks are on their way at once.
         int column = start + 4 * lane;
         int64 sum[4] = {0, 0, 0, 0};
         if (column < head_dim)

@@ -1,8 +1,10 @@
 // Products y = x W^T of quantised weights and a few tokens: bound by the memory that weights come from.
 //
-// A warp multiplies 32 rows with up to 8 tokens on integer tensor cores, group by group, on the way from memory to registers; of
-// weights nothing but a table passes through shared memory. All warps of the grid share the units of all tiles evenly.
+// A warp multiplies 32 rows with up to 8 tokens on integer tensor cores, group by group, on the way from memory to registers; only
+// a table to look up codes lies in shared memory. All warps of the grid share the units of all tiles evenly.
 #include "products.cuh"
+
+constexpr int THREADS = 512;               // one block of a multiprocessor, 128 registers of a thread
 
 // How lanes share the dots of 32 rows and up to 8 tokens. With few tokens the columns of ``b`` repeat them, so that all lanes of a
 // quad get the same dots, and each keeps the float chains of its own rows: ROWS of them, CHAINS tokens each.
@@ -28,52 +30,106 @@ struct Inputs {
     int first, last;                                    // tokens first ... last - 1
 };
 
-// Adds the block values of units ``unit`` ... ``stop`` - 1 of a tile to ``sums``.
-template <class Format, int TOKENS> __device__ inline void add_units(
-        int64 (&sums)[Share<TOKENS>::ROWS][Share<TOKENS>::CHAINS], const unsigned char* tile, const float* row_scales,
-        const Inputs& in, int unit, int stop, const unsigned char* table, uint32_t place, int& found) {
+// How a warp of ``share_units`` multiplies. A unit is fetched, while another one is multiplied if the format goes AHEAD, then taken
+// and added.
+template <class Format, int TOKENS> struct Multiplier {
     typedef Share<TOKENS> S;
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint2* x = (const uint2*)(in.x + (int64)min(in.first + g % TOKENS, in.last - 1) * in.groups * GROUP) + t;
-    const float* scales[S::CHAINS];
+    typedef typename Format::Factors Factors;
+    static constexpr int ROWS = S::ROWS, CHAINS = S::CHAINS;
+    const Inputs& in;
+    int units;
+    const unsigned char *fetched_from, *taken_from;
+    uint32_t words[4 * Format::VECTORS], fetched[Format::AHEAD ? 4 * Format::VECTORS : 1];
+    Factors factors[ROWS], fetched_factors[ROWS];
+    int unit, fetched_unit;
+    uint32_t place;
+    const uint2* x;                                     // of the token that is this lane's column of ``b``
+    const float* scales[CHAINS];
+    float row_scale[ROWS], held;
+
+    __device__ inline Multiplier(const Inputs& in, int units) : in(in), units(units), held(Format::held()) {
+        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        x = (const uint2*)(in.x + (int64)min(in.first + g % TOKENS, in.last - 1) * in.groups * GROUP) + t;
 #pragma unroll
-    for (int c = 0; c < S::CHAINS; c++) scales[c] = in.scales + (int64)min(in.first + S::token(c, t), in.last - 1) * in.groups;
-    float f[S::ROWS][S::CHAINS] = {}, row_scale[S::ROWS];
+        for (int c = 0; c < CHAINS; c++)
+            scales[c] = in.scales + (int64)min(in.first + S::token(c, t), in.last - 1) * in.groups;
+    }
+    static __device__ inline int row(int r, int lane) { return lane / 4 + 8 * S::quarter(r, lane % 4); }
+    static __device__ inline int token(int chain, int lane) { return S::token(chain, lane % 4); }
+
+    __device__ inline void prepare(const Division& division, int gates) {
+        if (!Format::SHARED) return;
+        fill_table(division.part.codebook, 0);
+        if (gates) fill_table(division.second.codebook, 1);
+        __syncthreads();
+    }
+    __device__ inline void begin(const Part& part, const Place& where) {
+        int lane = threadIdx.x % 32;
+        place = 4 * lane + 128 * where.second;
 #pragma unroll
-    for (int r = 0; r < S::ROWS; r++) row_scale[r] = row_scales[g + 8 * S::quarter(r, t)];
-    for (; unit < stop; unit++) {
-        const unsigned char* codes = tile + (int64)unit * UNIT_BYTES<Format>;
-        const typename Format::Factors* listed = (const typename Format::Factors*)(codes + 16 * TILE * Format::VECTORS);
-        uint32_t words[4 * Format::VECTORS];
-        load_codes<Format>(words, codes, lane);
-        typename Format::Factors factors[S::ROWS];
+        for (int r = 0; r < ROWS; r++) row_scale[r] = part.row_scales[where.tile * TILE + row(r, lane)];
+    }
+    __device__ inline void fetch(const Part& part, const Place& where) {
+        fetched_from = part.data + (int64)(where.tile * units + where.unit) * UNIT_BYTES<Format>, fetched_unit = where.unit;
+        if (Format::AHEAD) load(fetched, fetched_factors, fetched_from);
+    }
+    __device__ inline void take() {
+        unit = fetched_unit, taken_from = fetched_from;
+        if (!Format::AHEAD) return;
 #pragma unroll
-        for (int r = 0; r < S::ROWS; r++) factors[r] = listed[4 * g + S::quarter(r, t)];
-        int first = unit * in.per_unit, count = min(in.per_unit, in.groups - first);
+        for (int i = 0; i < 4 * Format::VECTORS; i++) words[i] = fetched[Format::AHEAD ? i : 0];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) factors[r] = fetched_factors[r];
+    }
+    template <int N> static __device__ inline void load(uint32_t (&words)[N], Factors (&factors)[ROWS], const unsigned char* from) {
+        int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            uint4 vector = load_once(from + 16 * (TILE * i + lane));
+            words[4 * i] = vector.x, words[4 * i + 1] = vector.y, words[4 * i + 2] = vector.z, words[4 * i + 3] = vector.w;
+        }
+        const Factors* listed = (const Factors*)(from + 16 * TILE * Format::VECTORS);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) factors[r] = listed[lane / 4 * 4 + S::quarter(r, lane % 4)];
+    }
+
+    __device__ inline void add(int64 (&sums)[ROWS][CHAINS], int& found) {
+        if (!Format::AHEAD) load(words, factors, taken_from);
+        if (in.ends == 1 << (UNIT - 1) && (unit + 1) * UNIT <= in.groups)
+            multiply<true>(sums, found);
+        else
+            multiply<false>(sums, found);
+    }
+
+    // WHOLE: the unit is one reduction block of 8 groups. Others are filled up with groups of zeros, which multiply the last
+    // activations there are and change no chain.
+    template <bool WHOLE> __device__ inline void multiply(int64 (&sums)[ROWS][CHAINS], int& found) {
+        int first = unit * in.per_unit, t = threadIdx.x % 4;
+        float f[ROWS][CHAINS] = {};
 #pragma unroll
         for (int j = 0; j < UNIT; j++) {
-            if (j >= count) break;
-            uint2 pair = x[(first + j) * 4];
+            int group = WHOLE ? first + j : min(first + j, in.groups - 1);
+            uint2 pair = x[group * 4];
             uint32_t a[2][4], b[2] = {pair.x, pair.y};
-            Format::decode(a, words, j, table, place);
+            Format::decode(a, words, j, place);
             int d[2][4];
 #pragma unroll
             for (int i = 0; i < 8; i++) d[i / 4][i % 4] = Dot<Format>::start();
             multiply_int8(d[0], a[0], b);
             multiply_int8(d[1], a[1], b);
 #pragma unroll
-            for (int r = 0; r < S::ROWS; r++) {
-                float factor = Format::of(factors[r], j, table, place);
+            for (int r = 0; r < ROWS; r++) {
+                float factor = Format::of(factors[r], j, held);
 #pragma unroll
-                for (int c = 0; c < S::CHAINS; c++)
-                    f[r][c] = __fmaf_rn(Dot<Format>::value(S::pick(d, r, c, t)), factor * scales[c][first + j], f[r][c]);
+                for (int c = 0; c < CHAINS; c++)
+                    f[r][c] = __fmaf_rn(Dot<Format>::value(S::pick(d, r, c, t)), factor * scales[c][group], f[r][c]);
             }
+            if (WHOLE ? j < UNIT - 1 : !(in.ends >> j & 1)) continue;
             // The end of a reduction block.
-            if (!(in.ends >> j & 1) && j + 1 < count) continue;
 #pragma unroll
-            for (int r = 0; r < S::ROWS; r++)
+            for (int r = 0; r < ROWS; r++)
 #pragma unroll
-                for (int c = 0; c < S::CHAINS; c++) {
+                for (int c = 0; c < CHAINS; c++) {
                     float value = f[r][c] * row_scale[r];
                     if (!within(value, BLOCK_LIMIT)) found |= OUT_OF_RANGE;
                     sums[r][c] += to_fixed(value);
@@ -81,86 +137,30 @@ template <class Format, int TOKENS> __device__ inline void add_units(
                 }
         }
     }
-}
+};
 
-// All tiles of a part, or of gate and up, by ``blocks`` blocks of which this is number ``block``.
-template <class Format, int TOKENS> __device__ inline void multiply_few(
-        Part part, Part second, int block, int blocks, int64 tile0, Inputs in, int mode, Gated gated, Meeting meeting, int* status) {
-    DYNAMIC_SHARED(table);
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, found = OK;
-    if (Format::SHARED) {
-        fill_table(table, part.codebook, 0);
-        if (mode == GATED) fill_table(table, second.codebook, 1);
-        __syncthreads();
-    }
-    typedef Share<TOKENS> S;
-    int units = (in.groups + in.per_unit - 1) / in.per_unit, all = mode == GATED ? 2 * units : units;
-    int64 items = (int64)part.tiles() * all, warps = (int64)blocks * (blockDim.x / 32);
-    int64 warp = (int64)block * (blockDim.x / 32) + threadIdx.x / 32;
-    int64 item = items * warp / warps, end = items * (warp + 1) / warps;
-    while (item < end) {
-        int tile = (int)(item / all), unit = (int)(item % all), which = unit >= units;
-        unit -= which * units;
-        int stop = (int)min((int64)units, unit + end - item);
-        const Part& mine = which ? second : part;
-        int64 sums[S::ROWS][S::CHAINS] = {};
-        add_units<Format, TOKENS>(sums, mine.data + (int64)tile * units * UNIT_BYTES<Format>, mine.row_scales + tile * TILE, in,
-                                  unit, stop, table, 4 * lane + 128 * which, found);
-        int64* shared = meeting.sums + (tile0 + (mode == GATED ? 2 * tile : tile)) * FEW * TILE;
-#pragma unroll
-        for (int r = 0; r < S::ROWS; r++)
-#pragma unroll
-            for (int c = 0; c < S::CHAINS; c++) {
-                int token = S::token(c, t);
-                // Of lanes that keep the same chain none is left out: with few tokens each has rows of its own.
-                if (in.first + token < in.last)
-                    add_fixed(shared + (which * FEW + token) * TILE + g + 8 * S::quarter(r, t), sums[r][c]);
-            }
-        if (arrive(meeting.arrived + tile0 + tile, stop - unit, all))
-            for (int token = 0; token < in.last - in.first; token++) {
-                int64 sum = take(shared + token * TILE + lane);
-                if (mode == GATED) {
-                    int64 up = take(shared + (FEW + token) * TILE + lane);
-                    put_gated(part, second, gated, in.first + token, tile, sum, up, found);
-                } else {
-                    put(part, mode, in.first + token, tile * TILE + lane, sum, found);
-                }
-            }
-        item += stop - unit;
-    }
-    report(status, found);
-}
-
-// Grid: blocks, of which ``start1`` and ``start2`` are the first of parts 1 and 2; with GATED all blocks share parts 0 and 1. Tokens
-// from ``first`` on, as many as there are, up to TOKENS.
-#define KERNEL(name, Format, TOKENS, THREADS, BLOCKS)                                                                            \
+// Grid: see ``Division``. Tokens from ``first`` on, as many as there are, up to TOKENS.
+#define KERNEL(name, Format, TOKENS)                                                                                             \
     extern "C" __global__ void                                                                                                   \
-    __launch_bounds__(THREADS, BLOCKS) name(                                                                                     \
-            PART(0), PART(1), PART(2), int start1, int start2, const int8_t* x, const float* scales, int groups, int per_unit,   \
-            int ends, const int* rows, int first, int mode, float* gated, int8_t* gated_x, float* gated_scales,                  \
-            int gated_columns, int gated_block, int64* sums, int* arrived, int* status) {                                        \
+    __launch_bounds__(THREADS, 1) name(                                                                                          \
+            PARTS, int start1, int start2, int mode, GATED_ARGUMENTS, int64* sums, int* arrived, const int* rows, int first,     \
+            int* status, const int8_t* x, const float* scales, int groups, int per_unit, int ends) {                             \
         Inputs in{x, scales, groups, per_unit, ends, first, min(*rows, first + TOKENS)};                                         \
         if (in.first >= in.last) return;                                                                                         \
-        Gated target{gated, gated_x, gated_scales, gated_columns, gated_block};                                                  \
-        Part part = PART_OF(0), second = PART_OF(1), third = PART_OF(2);                                                         \
-        int block = blockIdx.x, blocks = start1, tile0 = 0;                                                                      \
-        if (block >= start2) {                                                                                                   \
-            tile0 = part.tiles() + second.tiles(), part = third, block -= start2, blocks = gridDim.x - start2;                   \
-        } else if (block >= start1) {                                                                                            \
-            tile0 = part.tiles(), part = second, block -= start1, blocks = start2 - start1;                                      \
-        }                                                                                                                        \
-        multiply_few<Format, TOKENS>(part, second, block, blocks, tile0, in, mode, target, Meeting{sums, arrived}, status);      \
+        Division division(PARTS_GIVEN, start1, start2, mode);                                                                    \
+        Multiplier<Format, TOKENS> multiplier(in, (groups + per_unit - 1) / per_unit);                                           \
+        share_units(division, multiplier, multiplier.units, in.first, in.last, mode, GATED_GIVEN, Meeting{sums, arrived}, status);\
     }
 
-KERNEL(q3_5_for_1, Pairs, 1, 384, 2)
-KERNEL(q3_5_for_2, Pairs, 2, 384, 2)
-KERNEL(q3_5_for_4, Pairs, 4, 512, 1)
-KERNEL(q3_5_for_8, Pairs, 8, 512, 1)
-KERNEL(q4_for_1, Nibbles, 1, 384, 2)
-KERNEL(q4_for_2, Nibbles, 2, 384, 2)
-KERNEL(q4_for_4, Nibbles, 4, 512, 1)
-KERNEL(q4_for_8, Nibbles, 8, 512, 1)
-KERNEL(q8_for_1, Bytes, 1, 512, 1)
-KERNEL(q8_for_2, Bytes, 2, 512, 1)
-KERNEL(q8_for_4, Bytes, 4, 512, 1)
-KERNEL(q8_for_8, Bytes, 8, 512, 1)
+KERNEL(q3_5_for_1, Pairs, 1)
+KERNEL(q3_5_for_2, Pairs, 2)
+KERNEL(q3_5_for_4, Pairs, 4)
+KERNEL(q3_5_for_8, Pairs, 8)
+KERNEL(q4_for_1, Nibbles, 1)
+KERNEL(q4_for_2, Nibbles, 2)
+KERNEL(q4_for_4, Nibbles, 4)
+KERNEL(q4_for_8, Nibbles, 8)
+KERNEL(q8_for_1, Bytes, 1)
+KERNEL(q8_for_2, Bytes, 2)
+KERNEL(q8_for_4, Bytes, 4)
+KERNEL(q8_for_8, Bytes, 8)

@@ -17,9 +17,14 @@ struct Part {
     __device__ inline int tiles() const { return (outputs + TILE - 1) / TILE; }
 };
 
+// Arguments of kernels, and what they are made into.
 #define PART(n) const unsigned char *data##n, const uint16_t *codebook##n, const float *scales##n, const float *bias##n, \
                 void *out##n, int outputs##n
-#define PART_OF(n) Part{data##n, codebook##n, scales##n, bias##n, out##n, outputs##n}
+#define PART_GIVEN(n) Part{data##n, codebook##n, scales##n, bias##n, out##n, outputs##n}
+#define PARTS PART(0), PART(1), PART(2)
+#define PARTS_GIVEN PART_GIVEN(0), PART_GIVEN(1), PART_GIVEN(2)
+#define GATED_ARGUMENTS float *gated, int8_t *gated_x, float *gated_scales, int gated_columns, int gated_block
+#define GATED_GIVEN Gated{gated, gated_x, gated_scales, gated_columns, gated_block}
 
 // What takes silu(gate) * up: float32 values [rows, columns], and their quantised form if x is given. A tile is a group.
 struct Gated {
@@ -86,4 +91,82 @@ __device__ inline bool arrive(int* arrived, int units, int all) {
         __threadfence();
     }
     return last;
+}
+
+// What this block does: it is number ``block`` of ``blocks`` that share a part, whose first tile is ``tile0`` of all. Part 1 begins
+// at block ``start1`` and part 2 at ``start2``; with GATED all blocks share parts 0 and 1, gate and up.
+struct Division {
+    Part part, second;
+    int block, blocks, tile0;
+
+    __device__ inline Division(const Part& part0, const Part& part1, const Part& part2, int start1, int start2, int mode)
+            : part(part0), second(part1), block(blockIdx.x), blocks(start1), tile0(0) {
+        if (block >= start2) {
+            tile0 = part.tiles() + second.tiles(), part = part2, block -= start2, blocks = gridDim.x - start2;
+        } else if (block >= start1) {
+            tile0 = part.tiles(), part = second, block -= start1, blocks = start2 - start1;
+        }
+    }
+};
+
+// Where a unit lies: its tile, whether it is up's, and its number.
+struct Place {
+    int tile, second, unit;
+
+    __device__ inline Place(int item, int units, int gates) {
+        int all = units << gates, rest = item % all;
+        tile = item / all, second = rest >= units, unit = rest - second * units;
+    }
+    __device__ inline Place next(int units, int gates) const {
+        Place other = *this;
+        if (++other.unit == units) {
+            other.unit = 0, other.second ^= gates;
+            if (!other.second) other.tile++;
+        }
+        return other;
+    }
+};
+
+// Multiplies all tiles of a part, or of gate and up, with tokens first ... last - 1, FEW at most. Warps take equal numbers of units,
+// in the order of tiles, so that most of what a warp reads is in a row; with GATED those of a gate's tile come before those of up's.
+template <class Multiplier> __device__ inline void share_units(
+        const Division& division, Multiplier& multiplier, int units, int first, int last, int mode, const Gated& gated,
+        const Meeting& meeting, int* status) {
+    int lane = threadIdx.x % 32, found = OK, gates = mode == GATED, all = units << gates;
+    int items = division.part.tiles() * all, warps = division.blocks * (blockDim.x / 32);
+    int warp = division.block * (blockDim.x / 32) + threadIdx.x / 32, each = items / warps, rest = items % warps;
+    int item = each * warp + min(warp, rest), end = item + each + (warp < rest);
+    Place place(item, units, gates);
+    if (item < end) multiplier.fetch(place.second ? division.second : division.part, place);
+    multiplier.prepare(division, gates);
+    while (item < end) {
+        Place start = place;
+        int64 sums[Multiplier::ROWS][Multiplier::CHAINS] = {};
+        multiplier.begin(place.second ? division.second : division.part, place);
+        do {
+            place = place.next(units, gates);
+            multiplier.take();
+            if (++item < end) multiplier.fetch(place.second ? division.second : division.part, place);
+            multiplier.add(sums, found);
+        } while (item < end && place.unit);
+        int64* joined = meeting.sums + (int64)(division.tile0 + (start.tile << gates)) * FEW * TILE;
+#pragma unroll
+        for (int r = 0; r < Multiplier::ROWS; r++)
+#pragma unroll
+            for (int c = 0; c < Multiplier::CHAINS; c++) {
+                int token = Multiplier::token(c, lane);
+                if (first + token < last)
+                    add_fixed(joined + (start.second * FEW + token) * TILE + Multiplier::row(r, lane), sums[r][c]);
+            }
+        if (arrive(meeting.arrived + division.tile0 + start.tile, (place.unit ? place.unit : units) - start.unit, all))
+            for (int token = 0; token < last - first; token++) {
+                int64 sum = take(joined + token * TILE + lane);
+                if (gates)
+                    put_gated(division.part, division.second, gated, first + token, start.tile, sum,
+                              take(joined + (FEW + token) * TILE + lane), found);
+                else
+                    put(division.part, mode, first + token, start.tile * TILE + lane, sum, found);
+            }
+    }
+    report(status, found);
 }

@@ -12,10 +12,10 @@ from .weights import TILE, DeviceWeights, groups_per_unit
 FLOAT, ADD, SUMS, GATED = range(4)
 FEW = 8                         # tokens that one launch of the kernels for few tokens multiplies
 PARTS = 3                       # of a product at most
-_TABLE_BYTES = 67584            # of shared memory for looking up codes of q3_5
-# Blocks of a multiprocessor and threads of a block, of the kernels for 1, 2, 4 and 8 tokens.
-_BLOCKS = {"q3_5": (2, 2, 1, 1), "q4": (2, 2, 1, 1), "q8": (1, 1, 1, 1)}
-_THREADS = {1: 512, 2: 384}
+_ROW_THREADS = 256
+_TABLE_BYTES = 65536            # of shared memory for looking up codes of q3_5
+# Blocks of a multiprocessor and threads of a block, of kernels for 1, 2, 4 and 8 tokens: as their registers allow.
+_SHAPES = {"integers": ((1, 512),) * 4, "floats": ((4, 256), (4, 256), (3, 256), (2, 256))}
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,26 @@ def _check(activation: Activation, parts: list[Part], mode: int, gated: Activati
 def _few(device, activation, parts, rows, first, count, mode, status, gated, scratch) -> None:
     weights = parts[0].weights
     variant = (count - 1).bit_length()
-    per_multiprocessor = _BLOCKS[weights.format][variant]
-    threads = _THREADS[per_multiprocessor]
-    starts = _starts(parts, mode, per_multiprocessor * device.multiprocessors, threads // TILE)
-    per_unit = groups_per_unit(weights.blocks)
-    ends = sum(1 << j for j in range(per_unit) if (j + 1) % weights.blocks.groups_per_block == 0)
+    blocks, threads = _SHAPES["integers" if weights.quantized else "floats"][variant]
+    starts = _starts(parts, mode, blocks * device.multiprocessors, threads // TILE)
     given = [part.arguments for part in parts] + [_NOTHING] * (PARTS - len(parts))
     target = (None, None, None, 0, 0) if gated is None else (gated.values, gated.x, gated.scales, gated.blocks.size,
                                                              gated.blocks.block)
-    device.launch("products.cu", f"{weights.format}_for_{1 << variant}", (starts[2],), (threads,), *given[0],
-                  *given[1], *given[2], starts[0], starts[1], activation.x, activation.scales, weights.blocks.groups, per_unit,
-                  ends, rows, first, mode,
-                  *target, scratch.sums, scratch.arrived, status, shared=_TABLE_BYTES if weights.format == "q3_5" else 0)
+    if weights.quantized:
+        file, inputs = "products.cu", _quantized_inputs(activation)
+    else:
+        file, inputs = "products_float.cu", (activation.values, activation.blocks.size, activation.blocks.block)
+    device.launch(file, f"{weights.format}_for_{1 << variant}", (starts[2],), (threads,), *given[0], *given[1], *given[2],
+                  starts[0], starts[1], mode, *target, scratch.sums, scratch.arrived, rows, first, status, *inputs,
+                  shared=_TABLE_BYTES if weights.format == "q3_5" else 0)
+
+
+def _quantized_inputs(activation: Activation) -> tuple:
+    """The activations, and how groups make blocks and units: bit j of the last number says that group j ends a block."""
+    blocks = activation.blocks
+    per_unit = groups_per_unit(blocks)
+    ends = sum(1 << j for j in range(per_unit) if (j + 1) % blocks.groups_per_block == 0)
+    return activation.x, activation.scales, blocks.groups, per_unit, ends
 
 
 def _starts(parts: list[Part], mode: int, blocks: int, warps: int) -> tuple[int, int, int]:
@@ -107,3 +115,19 @@ def _starts(parts: list[Part], mode: int, blocks: int, warps: int) -> tuple[int,
         share = max(1, min(round(blocks * units / total), -(-units // warps)))
         ends.append(share + (ends[-1] if ends else 0))
     return (*ends, *[ends[-1]] * (PARTS - len(ends)))
+
+
+def finish(device, sums, rows, most: int, residual, bias, status) -> None:
+    """residual += float32(sums * 2**-32) + bias (or None), for int64 sums of [.., columns] that were joined over ranks."""
+    device.launch("embedding.cu", "finish_rows", (most,), (_ROW_THREADS,), sums, rows, residual.shape[1], residual, bias, status)
+
+
+def embedding(device, table: DeviceWeights, tokens, first: int, held: int, rows, most: int, out) -> None:
+    """out float32 [.., columns]: row tokens[r] - first of a table in q8, q4, f16 or f32, zeros where it is none of ``held``.
+
+    ``tokens``: int32 on the device, as many as ``rows`` int32 [1] says, at most ``most``.
+    """
+    if table.format not in ("q8", "q4", "f16", "f32"):
+        raise ValueError(f"tables are kept in q8, q4, f16 or f32, not in {table.format}")
+    device.launch("embedding.cu", f"embedding_{table.format}", (most,), (_ROW_THREADS,), table.data, tokens, first, held, rows,
+                  table.blocks.size, table.blocks.block, out)

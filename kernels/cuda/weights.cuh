@@ -6,8 +6,8 @@
 // 8 t + 7, a permutation of a group's k that activations share when lanes read 8 bytes of them. Its factors are those of row
 // g + 8 t.
 //
-// q3_5: of each two groups 32 codes of 7 bits, in 7 words and an eighth whose bits are the lowest ones of the bytes of the others;
-// a byte with any lowest bit is an index into a table of 256 entries. Bytes of a word: row g, k 4 h and 4 h + 2, then row g + 8.
+// q3_5: of each two groups 32 codes of 7 bits, in 7 words and an eighth whose bits are the lowest ones of the others' bytes; a
+// byte with any lowest bit is an index into a table of 256 entries. Bytes of a word: row g, k 4 h and 4 h + 2, then row g + 8.
 // q4: a word has k 4 h to 4 h + 3 of row g in its high nibbles and of row g + 8 in its low ones, as two's complement.
 // q8: words of four k as they are.
 #pragma once
@@ -15,33 +15,35 @@
 
 constexpr int TILE = 32, UNIT = 8;
 // A table of words, 256 bytes for each byte of codes: the pair for each of 32 lanes, then that of another codebook. So lanes read
-// different banks, and __byte_perm alone makes an address. Behind it the factors, 128 bytes for each.
-constexpr int TABLE_BYTES = 65536, FACTOR_BYTES = 2048;
+// different banks, and __byte_perm alone makes an address.
+constexpr int TABLE_BYTES = 65536;
 
 __device__ const float FACTORS[16] = {
     1.148698354997f, -1.101905115877f, 1.049716683623f, -0.993092495437f, 0.933032991537f, -0.870550563296f,
     0.806641759222f, -0.742261785315f, 0.678302163724f, -0.615572206672f, 0.554784736034f, -0.496546247719f,
     0.441351498145f, -0.389582289830f, 0.341510064189f, -0.297301778751f};
 
-// Fills one of the two halves of a table with a codebook. Every thread of the block takes part, a barrier follows.
-__device__ inline void fill_table(unsigned char* table, const uint16_t* codebook, int half) {
+// Fills one of the two halves of the table, which dynamic shared memory begins with. Every thread of the block takes part, and a
+// barrier follows.
+__device__ inline void fill_table(const uint16_t* codebook, int half) {
+    DYNAMIC_SHARED(table);
     for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {
         uint32_t pair = codebook[i / 16];
         *(uint4*)(table + i / 8 * 256 + half * 128 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
     }
-    for (int i = threadIdx.x; i < 16 * 32; i += blockDim.x) *(float*)(table + TABLE_BYTES + 4 * i) = FACTORS[i / 32];
 }
 
 // Each format: how many vectors a unit has of codes, bytes of its factors, shared memory for its tables; UNITY is what dots are
-// multiples of. ``decode`` gives the two fragments of group j, of the upper and the lower half of the tile; ``Factors`` are those
-// of a row, ``of`` the one of group j. ``place``: 4 * lane, plus 128 for the second codebook.
+// multiples of. ``decode`` gives the two fragments of group j, of the upper and the lower half of the tile; ``place`` is 4 * lane,
+// plus 128 for the second codebook. ``Factors`` are those of a row, ``of`` the one of group j, for a warp together. AHEAD: registers
+// hold the codes of one unit more, which are loaded while others are multiplied.
 struct Pairs {
-    static constexpr int VECTORS = 7, ROW_BYTES = 4, SHARED = TABLE_BYTES + FACTOR_BYTES;
+    static constexpr int VECTORS = 7, ROW_BYTES = 4, SHARED = TABLE_BYTES;
+    static constexpr bool AHEAD = true;
     static constexpr float UNITY = 1.0f;
     typedef uint32_t Factors;
 
-    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j,
-                                         const unsigned char* table, uint32_t place) {
+    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, uint32_t place) {
         const uint32_t* pair = words + j / 2 * 7;
         uint32_t last = 0;
         if (j % 2) {
@@ -53,18 +55,18 @@ struct Pairs {
             uint32_t word = j % 2 ? (i < 3 ? pair[4 + i] : last) : pair[i];
 #pragma unroll
             for (int row = 0; row < 2; row++)
-                a[i / 2][i % 2 * 2 + row] = __byte_perm(entry(table, word, place, 0x5504 + 0x20 * row),
-                                                        entry(table, word, place, 0x5514 + 0x20 * row), 0x5410);
+                a[i / 2][i % 2 * 2 + row] = __byte_perm(entry(word, place, 0x5504 + 0x20 * row),
+                                                        entry(word, place, 0x5514 + 0x20 * row), 0x5410);
         }
     }
-    // The selector makes bytes (place, byte of the word, 0, 0).
-    static __device__ inline uint32_t entry(const unsigned char* table, uint32_t word, uint32_t place, uint32_t selector) {
+    // The selector makes bytes (place, byte of the word, 0, 0). The table is named here, for a constant to be added in the load.
+    static __device__ inline uint32_t entry(uint32_t word, uint32_t place, uint32_t selector) {
+        DYNAMIC_SHARED(table);
         return *(const uint32_t*)(table + __byte_perm(word, place, selector));
     }
-    static __device__ inline float of(Factors indices, int j, const unsigned char* table, uint32_t place) {
-        uint32_t offset = j < 2 ? indices << (7 - 4 * j) : indices >> (4 * j - 7);
-        return *(const float*)(table + TABLE_BYTES + (offset & 0x780 | place & 127));
-    }
+    // Lane l brings factor l % 16, so the bit behind an index does not matter.
+    static __device__ inline float held() { return FACTORS[threadIdx.x % 16]; }
+    static __device__ inline float of(Factors indices, int j, float held) { return __shfl_sync(~0u, held, indices >> 4 * j); }
 };
 
 // Factors of q4 and q8 are float16.
@@ -72,7 +74,8 @@ struct HalfFactors {
     static constexpr int ROW_BYTES = 16, SHARED = 0;
     typedef uint4 Factors;
 
-    static __device__ inline float of(const Factors& halves, int j, const unsigned char*, uint32_t) {
+    static __device__ inline float held() { return 0; }
+    static __device__ inline float of(const Factors& halves, int j, float) {
         uint32_t word = j / 2 == 0 ? halves.x : j / 2 == 1 ? halves.y : j / 2 == 2 ? halves.z : halves.w;
         return half_value((uint16_t)(j % 2 ? word >> 16 : word));
     }
@@ -81,10 +84,10 @@ struct HalfFactors {
 // Values are decoded times 16, as the high halves of bytes.
 struct Nibbles : HalfFactors {
     static constexpr int VECTORS = 8;
+    static constexpr bool AHEAD = true;
     static constexpr float UNITY = 16.0f;
 
-    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, const unsigned char*,
-                                         uint32_t) {
+    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, uint32_t) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             a[i / 2][i % 2 * 2] = words[4 * j + i] & 0xF0F0F0F0u;
@@ -95,24 +98,16 @@ struct Nibbles : HalfFactors {
 
 struct Bytes : HalfFactors {
     static constexpr int VECTORS = 16;
+    static constexpr bool AHEAD = false;
     static constexpr float UNITY = 1.0f;
 
-    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, const unsigned char*,
-                                         uint32_t) {
+    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, uint32_t) {
 #pragma unroll
         for (int i = 0; i < 8; i++) a[i / 4][i % 4] = words[8 * j + i];
     }
 };
 
 template <class Format> constexpr int UNIT_BYTES = TILE * (16 * Format::VECTORS + Format::ROW_BYTES);
-
-template <class Format> __device__ inline void load_codes(uint32_t (&words)[4 * Format::VECTORS], const unsigned char* unit, int lane) {
-#pragma unroll
-    for (int i = 0; i < Format::VECTORS; i++) {
-        uint4 vector = load_once(unit + 16 * (TILE * i + lane));
-        words[4 * i] = vector.x, words[4 * i + 1] = vector.y, words[4 * i + 2] = vector.z, words[4 * i + 3] = vector.w;
-    }
-}
 
 // A dot as float32: ``multiply_int8`` adds to START, the bits of a number whose last place is worth a dot of 1.
 template <class Format> struct Dot {

@@ -8,13 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpi4py import MPI
 
 from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.counter import SharedCounters
-from llama_hpc.comm.device_exchange import choose_exchange
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.comm.survivors import failed
 from llama_hpc.engine.layout import auto_grid, check_room, replica_pages
@@ -27,8 +26,6 @@ from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.waiting import Alarm
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.context import shared_bytes
-from llama_hpc.model.device_cache import DeviceCache
-from llama_hpc.model.device_stage import DeviceStage
 from llama_hpc.model.kv_cache import DTYPES, KVCache, cache_format
 from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
 from llama_hpc.model.sizes import packed_bits, parameters
@@ -49,6 +46,10 @@ from llama_hpc.weights.fingerprint import fingerprint
 from llama_hpc.weights.loader import PeerFailed, load_stage, loading_steps
 from llama_hpc.weights.places import DevicePlaces, HostPlaces
 from llama_hpc.weights.store import Store
+
+if TYPE_CHECKING:
+    from llama_hpc.model.device_cache import DeviceCache
+    from llama_hpc.model.device_stage import DeviceStage
 
 _LOG = logging.getLogger(__name__)
 _POLL = 0.2                     # seconds between looks at the shared counters
@@ -246,7 +247,7 @@ class ModelJob:
         self.content_hash = fingerprint(checkpoint, self.comm)
         return weights
 
-    def make_stage(self, weights: StageWeights, **sizes: int) -> TransformerStage | DeviceStage:
+    def make_stage(self, weights: StageWeights, **sizes: int) -> "TransformerStage | DeviceStage":
         """This rank's part of the model on its device, made for ``sizes`` (see TransformerStage). ``stage.free`` gives memory
         back."""
         config, rows = self.checkpoint.config, sizes["max_rows"]
@@ -256,6 +257,7 @@ class ModelJob:
             cache = self._make_cache(whose, sizes["sequences"], sizes["max_seq_len"], sizes.pop("pages", None))
         with agreed(self.comm, "preparing the reductions"):
             if self.gpu is not None:
+                from llama_hpc.comm.device_exchange import choose_exchange
                 reducer = TensorReducer(self.grid.tensor_comm)
                 exchange = choose_exchange(self.gpu, reducer, sizes["max_outputs"], config.hidden_size)
             else:
@@ -264,13 +266,15 @@ class ModelJob:
                 context = self._reducer(self.context_comm, rows * shared_bytes(config.head_dim, self.share))
         with agreed(self.comm, "making the buffers"):
             if self.gpu is not None:
+                from llama_hpc.model.device_stage import DeviceStage
                 return DeviceStage(*whose, reducer, self.gpu, cache=cache, exchange=exchange, **sizes)
             return TransformerStage(*whose, reducer, self.pool, **sizes, spread_from=settings.sequence_parallel,
                                     overlap_from=settings.overlap, cache=cache, context=context)
 
-    def _make_cache(self, whose: tuple, sequences: int, max_seq_len: int, pages: int | None) -> KVCache | DeviceCache:
+    def _make_cache(self, whose: tuple, sequences: int, max_seq_len: int, pages: int | None) -> "KVCache | DeviceCache":
         if self.gpu is None:
             return make_cache(*whose, sequences, max_seq_len, pages, self.kv_cache)
+        from llama_hpc.model.device_cache import DeviceCache
         config, part, share = whose[:3]
         return DeviceCache(self.gpu, part.layers, len(share.kv_heads), config.head_dim, sequences, max_seq_len,
                            DTYPES[self.kv_cache], pages)

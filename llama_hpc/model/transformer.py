@@ -12,7 +12,6 @@ from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.memory import address, aligned
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
 from llama_hpc.kernels.numerics import BLOCK, down_block
-from llama_hpc.kernels.sampling import SEGMENT
 from llama_hpc.model import rope
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.context import NO_CONTEXT, ContextGroup
@@ -189,7 +188,7 @@ class TransformerStage:
         if self.stage.last:
             self._selected = Activation(max_outputs, self.config.hidden_size, BLOCK, self.weights.head.weights.quantized)
             tiles = -(-self.config.vocab_size // (VOCABULARY_TILE * self.reducer.size))
-            segments = -(-tiles * VOCABULARY_TILE // SEGMENT)       # of the rank that holds most
+            segments = -(-tiles * VOCABULARY_TILE // sampling.SEGMENT)      # of the rank that holds most
             self.best, self.totals = (np.zeros((max_outputs, segments), np.int64) for _ in range(2))
             self._best, self._totals = self.reducer.region(self.best), self.reducer.region(self.totals)
 

@@ -21,6 +21,7 @@ from llama_hpc.kernels.cuda import compiler
 FOLDER = Path(__file__).parent
 GUARD = 256
 _KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(|^KERNEL\((\w+)", re.MULTILINE)
+_MACRO = re.compile(r"^#define (?:.*\\\n)*.*", re.MULTILINE)
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-march=native", "-fPIC", "-shared", "-w", "-DLLAMA_HPC_EMULATION")
 
 
@@ -41,7 +42,7 @@ def build(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for file, text in texts.items():
             Path(scratch, file).write_text(text)
-        names = [a or b for a, b in _KERNEL.findall(texts[name])]
+        names = [a or b for a, b in _KERNEL.findall(_MACRO.sub("", texts[name]))]
         unit = Path(scratch, "unit.cpp")
         unit.write_text(f'#include "{name}"\n' + "".join(f"EXPORT({kernel})\n" for kernel in names))
         job = subprocess.run(["g++", *_FLAGS, f"-I{scratch}", str(unit), "-o", f"{scratch}/library.so"], capture_output=True,

@@ -53,9 +53,12 @@ class Pools:
                                      window, self.head_dim**-0.5, out, None, len(q), *self.scales)
         return status, out
 
-    def attend(self, device, q, sequences, positions, heads, window=0, spare=1, chunk=None, blocks=None,
-               quantized=False):
-        """(status, target) of the device, for ``spare`` rows more than there are, ``chunk`` rows of scratch at a time."""
+    def attend(self, device, q, sequences, positions, heads, window=0, spare=1, chunk=None, blocks=None, quantized=False,
+               record=False):
+        """(status, target) of the device, for ``spare`` rows more than there are, ``chunk`` rows of scratch at a time.
+
+        ``record``: (OK, q, target, a function of (rows, sequences, positions) that does it again for these and returns a status).
+        """
         rows, most, most_positions = len(q), len(q) + spare, max(self.lengths) + spare
         target = Activation(device, most, q.shape[1], self.head_dim, quantized)
         device.upload(np.full((most, q.shape[1]), np.nan, np.float32), target.values)
@@ -64,8 +67,22 @@ class Pools:
         for array in (scratch.maxima, scratch.sums, scratch.chains):
             device.upload(np.full(array.shape, np.nan, np.float32), array)
         head_starts = np.concatenate([[0], np.cumsum(heads)]).astype(np.int32)
-        on_device = [None if x is None else device.upload(x) for x in (self.keys, self.values, *self.scales)]
+        on_device = [None if x is None else device.upload(x) for x in (q, self.keys, self.values, *self.scales)]
+        sequences, positions = ([*x, *[0] * spare] for x in (sequences, positions))
         integers = [device.upload(np.array(x, np.int32)) for x in (self.pages, sequences, positions, head_starts, [rows], [0])]
-        attention(device, device.upload(q), *on_device[:2], *integers[:4], self.kv_heads, self.head_dim, window,
-                  self.head_dim**-0.5, target, integers[4], most, most_positions, scratch, integers[5], *on_device[2:])
-        return int(device.download(integers[5])[0]), target
+
+        def launch():
+            attention(device, *on_device[:3], *integers[:4], self.kv_heads, self.head_dim, window, self.head_dim**-0.5, target,
+                      integers[4], most, most_positions, scratch, integers[5], *on_device[3:])
+        if not record:
+            launch()
+            return int(device.download(integers[5])[0]), target
+        with device.capture() as recorded:
+            launch()
+
+        def again(rows, sequences, positions):
+            for array, values in zip((integers[1], integers[2], integers[4]), (sequences, positions, [rows]), strict=True):
+                device.upload(np.resize(np.array(values, np.int32), array.shape), array)
+            device.replay(recorded)
+            return int(device.download(integers[5])[0])
+        return OK, q, target, again

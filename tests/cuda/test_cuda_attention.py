@@ -1,5 +1,7 @@
 """Attention on a device gives the bits of the plain rule, over pages, windows, blocks and shares of heads."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 from kv_pools import KINDS, Pools, queries
@@ -8,16 +10,29 @@ from llama_hpc.kernels import reference
 from llama_hpc.kernels.cuda.attention import Scratch
 from llama_hpc.kernels.numerics import OK, OUT_OF_RANGE
 
-# Sequence and position of each row: first and last of pages and blocks, single rows and runs.
-SEQUENCES = [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3]
-POSITIONS = [0, 15, 16, 255, 256, 257, 300, 511, 512, 513, 599]
 LENGTHS = 1, 17, 258, 600
+# Sequence and position of each row. First and last of pages and blocks, single rows and short runs:
+SINGLE = (0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3), (0, 15, 16, 255, 256, 257, 300, 511, 512, 513, 599)
+# a run of 13 rows into the next block between single rows of other sequences, and a short run.
+MIXED = (1, *[3] * 13, 2, 2, 2, 0), (16, *range(248, 261), 0, 1, 2, 0)
 
 
-def assert_same_bits(pools, device, q, sequences, positions, heads, window=0, **how):
-    status, expected = pools.expected(q, sequences, positions, heads, window)
+def run(first, rows):
+    return (0,) * rows, tuple(range(first, first + rows))
+
+
+@cache
+def case(lengths, head_dim, kind, rows, heads, window, size):
+    """Pools, queries, and what the reference makes of them."""
+    pools, q = Pools(lengths, len(heads), head_dim, kind), queries(len(rows[0]), sum(heads) * head_dim) * np.float32(size)
+    status, expected = pools.expected(q, *rows, heads, window)
     assert status == OK
-    status, target = pools.attend(device, q, sequences, positions, heads, window, **how)
+    return pools, q, expected
+
+
+def assert_same_bits(device, rows, heads, head_dim, kind=np.uint16, lengths=(300,), window=0, size=1, **how):
+    pools, q, expected = case(lengths, head_dim, kind, rows, heads, window, size)
+    status, target = pools.attend(device, q, *rows, heads, window, **how)
     assert status == OK
     assert device.download(target.values)[: len(q)].tobytes() == expected.tobytes()
     return target, expected
@@ -25,29 +40,54 @@ def assert_same_bits(pools, device, q, sequences, positions, heads, window=0, **
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dim,heads,window", [(8, (1, 1), 0), (48, (3, 1), 300), (64, (4, 4), 0), (128, (0, 5), 17)])
-def test_bits_of_the_reference(device, kind, head_dim, heads, window):
-    q = queries(len(POSITIONS), sum(heads) * head_dim)
-    assert_same_bits(Pools(LENGTHS, 2, head_dim, kind), device, q, SEQUENCES, POSITIONS, heads, window)
-
-
-# A run of 13 rows into the next block between single rows of other sequences, and a short run.
-MIXED = [1, *[3] * 13, 2, 2, 2, 0], [16, *range(248, 261), 0, 1, 2, 0]
+def test_single_rows(device, kind, head_dim, heads, window):
+    assert_same_bits(device, SINGLE, heads, head_dim, kind, LENGTHS, window)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("head_dim,heads,window", [(8, (16, 5), 0), (20, (8, 0), 0), (48, (7, 8), 150), (64, (8, 3), 0),
-                                                   (80, (8,), 5), (128, (8, 1), 0), (144, (8,), 300)])
+@pytest.mark.parametrize("head_dim,heads,window", [(20, (16, 0), 0), (48, (7, 8), 150), (64, (8,), 0), (128, (8, 1), 0),
+                                                   (144, (8,), 300)])
 def test_tiles_of_rows(device, kind, head_dim, heads, window):
-    q = queries(len(MIXED[0]), sum(heads) * head_dim)
-    assert_same_bits(Pools(LENGTHS, len(heads), head_dim, kind), device, q, *MIXED, heads, window)
+    assert_same_bits(device, MIXED, heads, head_dim, kind, LENGTHS, window)
 
 
-def test_tiles_of_rows_where_each_has_one_head(device):
-    assert_same_bits(Pools([600], 2, 16, np.uint16), device, queries(100, 32), [0] * 100, np.arange(500, 600), (1, 1), chunk=70)
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_more_rows_than_the_scratch_holds(device, rows):
+    assert_same_bits(device, run(250, rows), (0, 4, 2), 16, chunk=10)
+
+
+def test_a_tile_of_rows_that_have_one_head(device):
+    assert_same_bits(device, run(230, 70), (1,), 8)
+
+
+def test_many_heads_of_one_kv_head(device):
+    assert_same_bits(device, ((0, 0), (30, 279)), (21,), 8)
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 256, 257, 258])
+def test_windows(device, window):
+    assert_same_bits(device, SINGLE, (1,), 8, np.uint16, LENGTHS, window)
+
+
+def test_a_window_shorter_than_a_tile(device):
+    assert_same_bits(device, run(236, 40), (16,), 8, window=2)
+
+
+def test_scores_far_apart(device):
+    """Whole blocks whose weights vanish, and one position that takes everything."""
+    assert_same_bits(device, ((0, 0, 0), (255, 256, 599)), (2,), 64, lengths=(600,), size=20)
+
+
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_outputs_are_quantised_head_by_head(device, head_dim):
+    target, expected = assert_same_bits(device, ((0, 0, 0), (5, 6, 39)), (1, 2), head_dim, quantized=True)
+    _, values, scales = reference.quantize_rows(expected, head_dim)
+    assert np.array_equal(device.download(target.x)[:3], values)
+    assert device.download(target.scales)[:3].tobytes() == scales.tobytes()
 
 
 def test_a_plan(device):
-    """Runs of 3 (whose rows do not follow), 300 and 2 rows, in tiles of 8, of which 4 rows are worth one."""
+    """Runs of 1, 1, 1, 300 and 2 rows, in tiles of 8, of which 4 rows are worth one."""
     sequences, positions = [0, 0, 1, *[2] * 300, 3, 3], [5, 7, 8, *range(250, 550), 0, 1]
     integers = [device.upload(np.array(x, np.int32)) for x in (sequences, positions, [305])]
     scratch = Scratch(device, 320, 3, 1, 16)
@@ -62,55 +102,37 @@ def test_a_plan(device):
     assert sorted(alone[:5]) == [0, 1, 2, 303, 304]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 33])
-def test_rows_of_one_sequence(device, rows):
-    """More rows than the scratch holds at a time; a tile of heads with room to spare."""
-    pools, positions = Pools([300], 3, 16, np.uint16), np.arange(rows) + 250
-    assert_same_bits(pools, device, queries(rows, 96), [0] * rows, positions, (0, 4, 2), chunk=10)
+def test_a_step_is_replayed_with_other_rows(device):
+    """Captured once, then run again with what is on the device by then: tiles, single rows, fewer rows."""
+    pools, heads = Pools(LENGTHS, 1, 16, np.uint16), (16,)
+    q, target, again = pools.attend(device, queries(18, 256), *MIXED, heads, record=True)[1:]
+    for count, (sequences, positions) in ((18, MIXED), (11, SINGLE), (5, ((3,) * 5, range(254, 259)))):
+        expected = pools.expected(q[:count], sequences, positions, heads)[1]
+        assert again(count, sequences, positions) == OK
+        assert device.download(target.values)[:count].tobytes() == expected.tobytes()
 
 
-def test_many_heads_of_one_kv_head(device):
-    assert_same_bits(Pools([280], 1, 8, np.uint16), device, queries(2, 21 * 8), [0, 0], [30, 279], (21,))
-
-
-@pytest.mark.parametrize("window", [1, 2, 16, 256, 257, 258])
-def test_windows(device, window):
-    pools = Pools(LENGTHS, 1, 8, np.uint16)
-    assert_same_bits(pools, device, queries(len(POSITIONS), 8), SEQUENCES, POSITIONS, (1,), window)
-
-
-def test_scores_far_apart(device):
-    """Whole blocks whose weights vanish, and one position that takes everything."""
-    assert_same_bits(Pools([600], 1, 64, np.uint16), device, queries(3, 128) * np.float32(20), [0] * 3, [255, 256, 599], (2,))
-
-
-@pytest.mark.parametrize("head_dim", [20, 64])
-def test_outputs_are_quantised_head_by_head(device, head_dim):
-    pools, q = Pools([40], 2, head_dim, np.uint16), queries(3, 3 * head_dim)
-    target, expected = assert_same_bits(pools, device, q, [0] * 3, [5, 6, 39], (1, 2), quantized=True)
-    _, values, scales = reference.quantize_rows(expected, head_dim)
-    assert np.array_equal(device.download(target.x)[:3], values)
-    assert device.download(target.scales)[:3].tobytes() == scales.tobytes()
+def ruined(where, bad, position):
+    """Pools of ones of which one number, of the second KV head, is ``bad``."""
+    pools, both = Pools([300], 2, 16, np.float32), {"k": np.ones((1, 2, 16), np.float32), "v": np.ones((1, 2, 16), np.float32)}
+    both[where][0, 1, 3] = bad
+    pools.write(0, position, **both)
+    return pools
 
 
 @pytest.mark.parametrize("bad", [2.0**19, -1e6, np.inf, np.nan])
 def test_values_out_of_range_are_told(device, bad):
-    pools = Pools([300], 2, 16, np.float32)
-    k, v = np.ones((1, 2, 16), np.float32), np.ones((1, 2, 16), np.float32)
-    v[0, 1, 3] = bad
-    pools.write(0, 299, k, v)
-    q = queries(4, 32)
+    pools, q = ruined("v", bad, 299), queries(4, 32)
     assert pools.attend(device, q[:3], [0] * 3, [5, 256, 298], (1, 1))[0] == OK
     assert pools.attend(device, q, [0] * 4, [5, 297, 298, 299], (1, 1), 1, quantized=True)[0] == OUT_OF_RANGE
+    q = queries(4, 512)
+    assert pools.attend(device, q[:3], *run(296, 3), (0, 32), 1)[0] == OK
+    assert pools.attend(device, q, *run(296, 4), (0, 32), 1)[0] == OUT_OF_RANGE
 
 
 @pytest.mark.parametrize("position", [0, 100, 256, 299])
 def test_nan_in_keys_or_queries_is_told(device, position):
-    pools = Pools([300], 2, 16, np.float32)
-    k, v = np.ones((1, 2, 16), np.float32), np.ones((1, 2, 16), np.float32)
-    k[0, 1, 3] = np.nan
-    pools.write(0, position, k, v)
-    q = queries(1, 32)
+    pools, q = ruined("k", np.nan, position), queries(1, 32)
     assert pools.attend(device, q, [0], [299], (2, 0))[0] == OK
     assert pools.attend(device, q, [0], [299], (1, 1))[0] == OUT_OF_RANGE
     for broken in (np.nan, np.inf):

@@ -11,7 +11,7 @@ from llama_hpc.kernels.cuda.weights import lay_out
 from llama_hpc.kernels.formats import Blocks, Packed, pack_codes
 from llama_hpc.kernels.numerics import NOT_FINITE, OK, OUT_OF_RANGE
 
-FORMATS = ["q3_5", "q4", "q8"]
+FORMATS = ["q3_5", "q4", "q8", "f32", "f16"]
 # Outputs, k, and k per reduction block.
 SHAPES = [(40, 172, 256), (64, 576, 256), (33, 96, 8), (96, 320, 64), (31, 288, 48), (32, 1100, 256), (7, 40, 32)]
 
@@ -180,3 +180,33 @@ def test_what_does_not_fit(device):
         case.run(weights[:1], products.GATED, [out], gated=case.activation)
     with pytest.raises(ValueError, match="do not take 40 outputs"):
         case.run([weights[0]] * 2, products.GATED, [out] * 2, gated=case.activation)
+
+
+@pytest.mark.parametrize("weights_format", ["q8", "q4", "f32", "f16"])
+@pytest.mark.parametrize("first,held", [(0, 100), (20, 35), (50, 0)])
+@pytest.mark.parametrize("columns,block", [(12, 256), (172, 256), (288, 48), (300, 256)])
+def test_embedding(device, first, held, columns, block, weights_format):
+    """A rank that holds rows first … first + held - 1 of the table gives zeros for all others."""
+    tokens = np.array([0, 16, 20, 54, 55, 56, 90, 19, 99], np.int32)
+    table = weights_of(weights_format, 100, columns, block)
+    part = table.rows(first) if isinstance(table, Packed) else table[first:]
+    weights = lay_out(part, Blocks(columns, block)).upload(device)
+    out, rows = device.zeros((9, columns), np.float32), device.upload(np.array([8], np.int32))
+    products.embedding(device, weights, device.upload(tokens), first, held, rows, 9, out)
+    assert device.download(out)[:8].tobytes() == reference.embedding(table, tokens, first, held)[:8].tobytes()
+    assert not device.download(out)[8].any()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_finish(device, biased):
+    sums = np.random.default_rng(1).integers(-(1 << 52) + 1, 1 << 52, (3, 300))
+    residual, bias = rows_of(3, 300), rows_of(1, 300)[0] if biased else None
+    told, y = reference.finish(sums[:2], bias)
+    given, total = device.upload(residual), device.upload(sums)
+    rows, status = (device.upload(np.array([value], np.int32)) for value in (2, OK))
+    products.finish(device, total, rows, 3, given, None if bias is None else device.upload(bias), status)
+    assert told == device.download(status)[0] == OK
+    assert device.download(given).tobytes() == np.concatenate([residual[:2] + y, residual[2:]]).tobytes()
+    sums[1, 299] = -(1 << 52)
+    products.finish(device, device.upload(sums, total), rows, 3, given, None, status)
+    assert device.download(status)[0] == OUT_OF_RANGE

@@ -1,0 +1,83 @@
+"""Jobs on GPUs, emulated ones: on every grid, mixed with CPUs, and without MPI, the digest of a job on CPUs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulated_device import missing
+from reference_models import prompt, write_checkpoint
+
+from llama_hpc.results import read_results
+
+FOLDER = Path(__file__).parent
+# What is absent on a machine with nothing but CuPy and NumPy.
+BLOCK = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("numba", "llvmlite", "mpi4py", "h5py"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+sys.argv = sys.argv[1:]
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    if why := missing():
+        pytest.skip(why)
+    return write_checkpoint("llama_odd", tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path, ids = tmp_path_factory.mktemp("prompts") / "prompts.jsonl", [int(i) for i in prompt("llama_odd")]
+    path.write_text("".join(json.dumps({"id": f"p{i}", "token_ids": ids[i : i + 3 + i]}) + "\n" for i in range(4)))
+    return path
+
+
+def arguments(model, prompts, output, *options):
+    return ["run", model, "--prompts", prompts, "--output", output, "--ignore-eos", "--max-tokens", 5, "--weights", "q3_5",
+            *options]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(command, model, prompts, tmp_path_factory):
+    """The digest of a job on CPUs."""
+    output = tmp_path_factory.mktemp("cpu") / "out.h5"
+    job = command(1, arguments(model, prompts, output, "--device", "cpu"))
+    assert job.returncode == 0, job.stderr
+    with read_results(output) as results:
+        return results.digest
+
+
+@pytest.mark.parametrize("gpus,grid", [("0", "1x1x1"), ("0,1", "1x1x2"), ("0,1", "1x2x1"), ("1", "1x2x1"), ("1", "2x1x1")])
+def test_any_ranks_may_be_gpus(mpirun, model, prompts, on_cpu, tmp_path, gpus, grid):
+    ranks = eval(grid.replace("x", "*"))
+    job = mpirun(ranks, [FOLDER / "emulated_run.py", gpus, *arguments(model, prompts, tmp_path / "out.h5", "--grid", grid)])
+    assert job.returncode == 0, job.stderr
+    with read_results(tmp_path / "out.h5") as results:
+        assert results.digest == on_cpu
+        ranks = results.provenance["rank_table"]
+        assert {i for i, rank in enumerate(ranks) if rank["device"].startswith("gpu")} == {int(i) for i in gpus.split(",")}
+        for i in map(int, gpus.split(",")):
+            assert ranks[i]["replayed_steps"] > 0
+            assert (ranks[i]["reductions"] > 0 and ranks[i]["reduce"] == "staged") == (grid == "1x1x2")
+
+
+def test_tensor_ranks_of_one_group_are_of_one_kind(mpirun, model, prompts, on_cpu, tmp_path):
+    argv = arguments(model, prompts, tmp_path / "out.h5", "--grid", "1x1x2")
+    job = mpirun(2, [FOLDER / "emulated_run.py", "1", *argv])
+    assert job.returncode == 0 and "some ranks that have a GPU compute on the CPU: of tensor ranks" in job.stderr, job.stderr
+    with read_results(tmp_path / "out.h5") as results:
+        assert results.digest == on_cpu
+
+
+def test_without_mpi_numba_and_hdf5(model, prompts, on_cpu):
+    job = subprocess.run([sys.executable, "-c", BLOCK, FOLDER / "standalone.py", model, "--weights", "q3_5", "--prompts", prompts,
+                          "--max-tokens", "5", "--emulated"], capture_output=True, text=True, check=False, timeout=120)
+    assert job.stdout.strip() == on_cpu, job.stderr
