@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_tiles(
     if (threadIdx.x == 0) tiles[count] = held;
     __syncthreads();
     for (int base = 0; base < count; base += THREADS) {
-        int tile = base + threadIdx.x, start = tile < count ? tiles[tile] : 0, own = tile < count ? tiles[tile + 1] - start : 0;
+        int tile = base + threadIdx.x, start = tile < count ? tiles[tile] : 0;
+        int own = tile < count ? tiles[tile + 1] - start : 0;
         bool shared = own >= least;
         int blocks = 0;
         if (shared) blocks = positions[start + own - 1] / ATTENTION_BLOCK - first_block(positions[start], window) + 1;

@@ -70,6 +70,8 @@ struct Block {
     void* scheduler[5];
     Fiber* current = nullptr;
     long events = 0;                            // how often a thread got further
+    long barriers = 0;                          // sums of those of all threads, and of a warp's
+    std::vector<long> exchanges;
     std::function<void()> body;
     std::vector<char> shared;
 };
@@ -105,17 +107,10 @@ inline void entry() {
 }
 
 inline void barrier() {
-    long mine = ++block.current->barriers;
+    long wanted = ++block.current->barriers * block.fibers.size();
     block.events++;
-    for (;;) {
-        bool all = true;
-        for (auto& fiber : block.fibers) {
-            if (fiber.ended && fiber.barriers < mine) fail("a thread has ended that others wait for");
-            all &= fiber.barriers >= mine;
-        }
-        if (all) return;
-        pause();
-    }
+    // None gets to the next barrier before all have come to this one: the sum tells.
+    for (block.barriers++; block.barriers < wanted;) pause();
 }
 
 // Shows up to four words to the warp, and returns when all lanes have; ``lane`` tells what another one shows.
@@ -124,16 +119,9 @@ inline int exchange(const uint64_t* words, int count) {
     int turn = ++self.exchanges % 2;
     memcpy(self.slots[turn], words, 8 * count);
     block.events++;
-    for (;;) {
-        bool all = true;
-        for (int lane = 0; lane < 32; lane++) {
-            Fiber& other = block.fibers[self.warp * 32 + lane];
-            if (other.ended && other.exchanges < self.exchanges) fail("a lane has ended that its warp waits for");
-            all &= other.exchanges >= self.exchanges;
-        }
-        if (all) return turn;
-        pause();
-    }
+    long &sum = block.exchanges[self.warp], wanted = self.exchanges * 32;
+    for (sum++; sum < wanted;) pause();
+    return turn;
 }
 
 inline const uint64_t* lane(int turn, int number) { return block.fibers[block.current->warp * 32 + number].slots[turn]; }
@@ -150,6 +138,8 @@ template <class T> T shuffle(unsigned mask, T value, int source) {
 inline void run_block(bool descending) {
     unsigned count = blockDim.x * blockDim.y * blockDim.z;
     block.fibers.resize(count);
+    block.barriers = 0;
+    block.exchanges.assign(count / 32, 0);
     for (unsigned i = 0; i < count; i++) {
         Fiber& fiber = block.fibers[i];
         fiber.ended = fiber.begun = false, fiber.barriers = fiber.exchanges = 0;
@@ -173,7 +163,7 @@ inline void run_block(bool descending) {
             }
             ended += fiber.ended;
         }
-        if (block.events == before && ended < count) fail("waits for ever");
+        if (block.events == before && ended < count) fail(ended ? "waits for threads that have ended" : "waits for ever");
     }
 }
 
