@@ -4,6 +4,7 @@ Launchers elsewhere in this folder take a ``Device`` and its arrays; anything wi
 """
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -190,6 +191,35 @@ class Device:
         """Runs what was captured."""
         with self._told():
             recorded[0].launch(stream=self.stream)
+
+    def copy(self, source, target) -> None:
+        """target = source: contiguous arrays of one size, both on the device."""
+        target.data.copy_from_device_async(source.data, source.nbytes, self.stream)
+
+    def seconds(self, run: Callable[[], None], times: int = 1, lead: Callable[[], None] | None = None) -> float:
+        """How long the device takes for what ``run`` launches, ``times`` times one after the other.
+
+        It does ``lead`` before, while the host launches what is timed.
+        """
+        start, end = (self._cupy.cuda.Event() for _ in range(2))
+        if lead is not None:
+            lead()
+        start.record(self.stream)
+        for _ in range(times):
+            run()
+        end.record(self.stream)
+        self.synchronize()
+        return self._cupy.cuda.get_elapsed_time(start, end) / 1e3
+
+    @property
+    def l2_bytes(self) -> int:
+        """Size of the second-level cache."""
+        return self._device.attributes["L2CacheSize"]
+
+    @property
+    def clock_hz(self) -> float:
+        """The highest clock rate of the multiprocessors."""
+        return 1e3 * self._device.attributes["ClockRate"]
 
     def free_bytes(self) -> int:
         """Memory that may still be had."""

@@ -9,7 +9,8 @@ from mpi4py import MPI
 from llama_hpc.bench.errors import BenchmarkError
 from llama_hpc.bench.exchanges import OPERATIONS, WORD
 from llama_hpc.bench.ranks import repetitions, sleep_until_all, slowest_seconds
-from llama_hpc.bench.report import Report, print_row
+from llama_hpc.bench.report import Report
+from llama_hpc.bench.table import print_row
 from llama_hpc.runtime.abort import agreed
 
 TITLES = ("place", "operation", "ranks", "bytes", "us", "MB/s", "bus MB/s")

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from llama_hpc.bench import model as model_bench
 from llama_hpc.bench import products, schedules
+from llama_hpc.bench.cases import Case, cases
 from llama_hpc.bench.peer import Peer, PeerModel, peer_models, random_gguf
 from llama_hpc.bench.random_weights import random_stage
-from llama_hpc.bench.report import Report, print_row
+from llama_hpc.bench.report import Report
 from llama_hpc.bench.shapes import shape_config
+from llama_hpc.bench.table import print_row
 from llama_hpc.errors import UsageError
 from llama_hpc.kernels.cpu.calls import shared_pool
 from llama_hpc.model.kv_cache import cache_format
@@ -86,7 +88,7 @@ class _Source:
 
 def measure_models(args: argparse.Namespace, report: Report) -> None:
     """``bench model``: every weight format, thread count and case, with ``--peer`` against every format of llama.cpp."""
-    source, timed = _Source(args), model_bench.cases(args.cases, args.tokens, args.prompt, args.batch)
+    source, timed = _Source(args), cases(args.cases, args.tokens, args.prompt, args.batch)
     longest = max(case.length for case in timed)
     if longest > source.config.context_length:
         raise UsageError(f"{longest} tokens are more than the model's context of {source.config.context_length}; "
@@ -101,7 +103,7 @@ def measure_models(args: argparse.Namespace, report: Report) -> None:
 
 
 def _measure_model(args: argparse.Namespace, report: Report, source: _Source, weights: str, stage: StageWeights,
-                   timed: list[model_bench.Case], rivals: list[PeerModel]) -> None:
+                   timed: list[Case], rivals: list[PeerModel]) -> None:
     ratios = []
     print_row(model_bench.TITLES)
     for threads in args.threads:

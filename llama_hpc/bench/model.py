@@ -2,12 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from mpi4py import MPI
 
+from llama_hpc.bench.cases import CHUNK, Case, rows_of
 from llama_hpc.bench.peer import PeerModel
 from llama_hpc.bench.products import Probes
 from llama_hpc.comm.reduce import TensorReducer
@@ -18,47 +18,6 @@ from llama_hpc.model.kv_cache import bytes_per_position
 from llama_hpc.model.shares import layer_parameters
 from llama_hpc.model.sizes import whole
 from llama_hpc.model.transformer import Batch, StageWeights, TransformerStage
-
-CHUNK = 256                     # prompt tokens of a step, the default of a run
-BATCH_PROMPT, BATCH_TOKENS = 16, 32
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is timed: ``batch`` sequences that grow from ``prompt`` by ``tokens`` tokens; ``prefill``: as one prompt."""
-
-    name: str
-    tokens: int
-    batch: int = 1
-    prompt: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.batch}x{self.tokens}" if self.name == "batch" else f"{self.name} {self.tokens}"
-
-    @property
-    def length(self) -> int:
-        """Positions of a sequence."""
-        return self.prompt + self.tokens
-
-    def steps(self) -> Iterator[tuple[range, int]]:
-        """Positions that each sequence takes in a step, and the step's logits: one a sequence, of a prompt those of its end."""
-        step = CHUNK if self.name == "prefill" else 1
-        for first in range(self.prompt, self.length, step):
-            last = min(first + step, self.length)
-            yield range(first, last), self.batch if self.name != "prefill" or last == self.length else 0
-
-    def peer_rate(self, model: PeerModel, threads: int) -> float:
-        """The same measured by llama.cpp, in tokens a second."""
-        if self.name == "batch":
-            return model.peer.batched(model.path, threads, self.batch, self.prompt, self.tokens)
-        return (model.peer.prefill if self.name == "prefill" else model.peer.decode)(model.path, threads, self.tokens)
-
-
-def cases(names: list[str], tokens: int, prompt: int, batch: int) -> list[Case]:
-    """Those of ``decode``, ``prefill`` and ``batch`` that are named."""
-    known = {"decode": Case("decode", tokens), "prefill": Case("prefill", prompt),
-             "batch": Case("batch", BATCH_TOKENS, batch, BATCH_PROMPT)}
-    return [known[name] for name in names]
 
 
 @dataclass(frozen=True)
@@ -143,7 +102,7 @@ class ModelBenchmark:
                 found.append((seconds, case.batch * case.tokens / seconds, size / seconds / 1e9, size / seconds / bandwidth,
                               operations / seconds, operations / seconds / peak))
                 if rival:
-                    pairs[rival.format].append((found[-1][1], case.peer_rate(rival, self.pool.threads)))
+                    pairs[rival.format].append((found[-1][1], _peer_rate(case, rival, self.pool.threads)))
         who = self.name, self.format, self.kv_cache, str(case), self.pool.threads
         speed = Speed(*who, *map(statistics.median, zip(*found, strict=True)), self.weights.nbytes, self._cache_bytes(case))
         return speed, [self._ratio(who, rival, pairs[rival.format]) for rival in rivals]
@@ -166,9 +125,7 @@ class ModelBenchmark:
         """These positions of every sequence, with random tokens."""
         each = len(positions)
         rows = each * case.batch
-        tokens = self._rng.integers(0, self.config.vocab_size, rows, np.int32)
-        sequences = np.repeat(np.arange(case.batch, dtype=np.int32), each)
-        where = np.tile(np.arange(positions.start, positions.stop, dtype=np.int32), case.batch)
+        tokens, sequences, where = rows_of(case, positions, self.config.vocab_size, self._rng)
         return Batch(rows, tokens, sequences, where, np.arange(each - 1, rows, each)[:outputs])
 
     def _work(self, case: Case) -> tuple[int, int]:
@@ -191,3 +148,10 @@ class ModelBenchmark:
         ours, theirs = (statistics.median(rates) for rates in zip(*pairs, strict=True))
         return Ratio(*who, rival.format, ours, theirs, statistics.median(ratios), min(ratios), max(ratios), self.weights.nbytes,
                      rival.path.stat().st_size)
+
+
+def _peer_rate(case: Case, model: PeerModel, threads: int) -> float:
+    """Tokens a second of llama.cpp."""
+    if case.name == "batch":
+        return model.peer.batched(model.path, threads, case.batch, case.prompt, case.tokens)
+    return (model.peer.prefill if case.name == "prefill" else model.peer.decode)(model.path, threads, case.tokens)

@@ -1,4 +1,4 @@
-"""Random weights in the kernels' own layouts, made without quantising anything: bits from a bank, at the speed of memory.
+"""Random weights in the layouts of the CPU's kernels, made without quantising anything: bits from a bank, at the speed of memory.
 
 Their size follows from the number of columns, so that a model of them stays within the range of exact sums.
 """
@@ -8,10 +8,10 @@ from math import sqrt
 
 import numpy as np
 
-from llama_hpc.kernels.codebook import start_codebook
+from llama_hpc.bench.random_rows import CODEBOOK, EIGHT_BITS, FACTOR_SIZE, PAIR_SIZE, RandomRows
 from llama_hpc.kernels.cpu.simd_weights import KINDS
 from llama_hpc.kernels.cpu.weights import Weights, allocate, allocate_pair, fill
-from llama_hpc.kernels.formats import FACTORS, Blocks, Packed, table_format
+from llama_hpc.kernels.formats import Blocks, Packed, table_format
 from llama_hpc.model.attention import AttentionWeights
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.kv_cache import cache_format
@@ -21,20 +21,9 @@ from llama_hpc.model.mlp import MLPWeights
 from llama_hpc.model.sizes import Projection, projections, whole
 from llama_hpc.model.transformer import StageWeights
 
-BANK = 1 << 22                  # bytes, or numbers, that are drawn; larger matrices repeat them
-CODEBOOK = start_codebook(110)
-_EIGHT_BITS, _FOUR_BITS = 73.9, 4.64            # root mean squares of uniform int8 and int4
-_FACTORS = float(np.sqrt((FACTORS.astype(np.float64) ** 2).mean()))
-_PAIRS = float(np.sqrt((CODEBOOK.astype(np.float64) ** 2).mean()))
 
-
-class RandomWeights:
-    """Matrices whose weights have a standard deviation of about 1 / sqrt(columns)."""
-
-    def __init__(self, seed: int = 0):
-        rng = np.random.default_rng(seed)
-        self._bytes = rng.integers(0, 256, BANK, np.uint8)
-        self._normal = rng.standard_normal(BANK, np.float32)
+class RandomWeights(RandomRows):
+    """The same as matrices that CPU kernels multiply."""
 
     def matrix(self, weights_format: str, rows: int, blocks: Blocks) -> Weights:
         """Kernel weights [rows, blocks.size]."""
@@ -52,37 +41,13 @@ class RandomWeights:
             return weights
         _repeat(self._bytes, weights.data.view(np.uint8))
         if KINDS[weights.layout].indexed:
-            weights.row_scales[:] = size / (_FACTORS * (_PAIRS if weights.layout == "codes" else _EIGHT_BITS))
+            weights.row_scales[:] = size / (FACTOR_SIZE * (PAIR_SIZE if weights.layout == "codes" else EIGHT_BITS))
             return weights
         # A line of factors, then the codes of the pair of groups behind it.
         lines = weights.data.view(np.float16).reshape(len(weights.data), 2, -1, 1 + KINDS[weights.layout].vectors, 32)[..., 0, :]
         lines[:] = np.resize(self._factors(weights_format, size, lines.size // max(1, len(lines))), lines.shape[1:])
         weights.row_scales[:] = 1
         return weights
-
-    def rows(self, weights_format: str, rows: int, blocks: Blocks) -> Packed | np.ndarray:
-        """The same kind of weights as a loader gives them to ``fill``: packed, float32, or float16 as uint16."""
-        size = 1 / sqrt(max(1, blocks.size))
-        if weights_format in ("f16", "f32"):
-            return np.resize(self._plain(weights_format, size), (rows, blocks.size))
-        shape, draw = (rows, blocks.groups), self._bytes
-        if weights_format == "q3_5":
-            scale = np.full(rows, size / (_FACTORS * _PAIRS), np.float16).view(np.uint16)
-            return Packed("q3_5", rows, blocks, np.resize(draw, (*shape, 14)), np.resize(draw[7:] & 15, shape), scale, CODEBOOK)
-        factors = np.resize(self._factors(weights_format, size, 4096), shape).view(np.uint16)
-        if weights_format == "q4":
-            return Packed("q4", rows, blocks, np.resize(draw, (*shape, 16)), factors)
-        # The value -128 does not exist in q8.
-        return Packed("q8", rows, blocks, np.maximum(np.resize(draw.view(np.int8), (*shape, 32)), -127), factors)
-
-    def _plain(self, weights_format: str, size: float) -> np.ndarray:
-        values = self._normal * np.float32(size)
-        return values if weights_format == "f32" else values.astype(np.float16).view(np.uint16)
-
-    def _factors(self, weights_format: str, size: float, count: int) -> np.ndarray:
-        """float16 group factors of either sign."""
-        spread = _FOUR_BITS if weights_format == "q4" else _EIGHT_BITS
-        return np.where(np.resize(self._bytes, count) & 1, size / spread, -size / spread).astype(np.float16)
 
 
 def _codebook(weights_format: str) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""What benchmarks print and write: tables on the terminal, the same measurements as JSON and HDF5.
+"""What benchmarks write: measurements as JSON and HDF5.
 
 A measurement is a frozen dataclass of strings and numbers. ``NAME.json`` holds where it came from and a list for each kind of
 measurement; ``NAME.h5`` the same as root attributes and one compound dataset for each kind, a row a measurement:
@@ -7,7 +7,6 @@ measurement; ``NAME.h5`` the same as root attributes and one compound dataset fo
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -75,12 +74,6 @@ def _compound(rows: list[dict]) -> np.ndarray:
     for name in names:
         found[name] = [row[name].encode() if isinstance(row[name], str) else row[name] for row in rows]
     return found
-
-
-def print_row(cells: Iterable[str], width: int = 12) -> None:
-    """A line of a table whose columns are at least so wide, the first one aligned to the left."""
-    first, *others = cells
-    print(first.ljust(width) + "".join(" " + cell.rjust(width) for cell in others), flush=True)
 
 
 def _cpu() -> str:

@@ -9,7 +9,8 @@ import pytest
 from model_shapes import SHAPES as SMALL_SHAPES
 
 from llama_hpc.bench import commands, products
-from llama_hpc.bench.model import ModelBenchmark, cases
+from llama_hpc.bench.cases import cases
+from llama_hpc.bench.model import ModelBenchmark
 from llama_hpc.bench.peer import TOOLS, Peer, peer_models, random_gguf
 from llama_hpc.bench.random_weights import random_stage
 from llama_hpc.bench.shapes import SHAPES, shape_config

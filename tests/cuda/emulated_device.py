@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class EmulatedDevice:
     """``Device`` without one. Threads of a block take turns in ascending or ``descending`` order."""
 
     name, number, architecture, multiprocessors, shared_bytes = "emulated", 0, 90, 4, 227 << 10
+    l2_bytes, clock_hz = 1 << 10, 1e9
 
     def __init__(self, descending: bool = False):
         self.descending, self.launches, self.identity = descending, 0, (os.uname().nodename, os.getpid())
@@ -125,6 +127,16 @@ class EmulatedDevice:
     def replay(self, recorded):
         for action in recorded:
             action()
+
+    def copy(self, source, target):
+        assert source.nbytes == target.nbytes
+        self._do(lambda: np.copyto(target, source))
+
+    def seconds(self, run, times=1, lead=None):
+        start = time.perf_counter()
+        for _ in range(times):
+            run()
+        return time.perf_counter() - start
 
     def free_bytes(self):
         return 1 << 30

@@ -13,32 +13,22 @@ from types import SimpleNamespace
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from llama_hpc.kernels import reference_quantize
 from llama_hpc.kernels.codebook import fit_codebook, sample_rows
-from llama_hpc.kernels.formats import PLAIN_BYTES, Blocks, table_format
-from llama_hpc.kernels.numerics import BLOCK, down_block, log_probability
+from llama_hpc.kernels.formats import Blocks
+from llama_hpc.kernels.numerics import log_probability
 from llama_hpc.kernels.sampling import logit_of, token_of
-from llama_hpc.model.device_cache import DTYPES, DeviceCache
 from llama_hpc.model.device_stage import DeviceStage
-from llama_hpc.model.shares import StageShare, TensorShare
+from llama_hpc.model.whole_model import assemble, whole_stage
 from llama_hpc.results.digest import digest
 from llama_hpc.results.schema import Output
 from llama_hpc.weights.checkpoint import open_checkpoint
 from llama_hpc.weights.places import DevicePlaces
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-
-
-class Alone:
-    """Stands in for what joins over a tensor group of one rank."""
-
-    size, comm = 1, None
-    nanoseconds = np.zeros(1, np.int64)
-
-    def work(self) -> dict:
-        return {}
 
 
 class Loader:
@@ -50,32 +40,15 @@ class Loader:
 
     def stage(self) -> SimpleNamespace:
         """What ``model.transformer.StageWeights`` has."""
-        config, quantized = self.config, self.format not in PLAIN_BYTES
-        embedding = self.linear("embedding", BLOCK, table_format(self.format, "embedding"))
-        head = embedding if config.tie_embeddings else self.linear("head", BLOCK, table_format(self.format, "head"))
-        layers = [self.layer(f"layers.{number}.") for number in range(config.num_layers)]
-        return SimpleNamespace(quantized=quantized, layers=layers, embedding=embedding, head=head,
-                               kv_cache="f32" if self.format == "f32" else "f16", final_norm=self.checkpoint.read("final_norm"))
+        return assemble(self.config, self.format, self.matrix, self.checkpoint.read)
 
-    def layer(self, prefix: str) -> SimpleNamespace:
-        config, read = self.config, self.checkpoint.read
-        blocks = {"o": min(config.head_dim, BLOCK), "down": down_block(config.intermediate_size)}
-        biased = dict.fromkeys("qkv", config.attention_bias) | {"o": config.output_bias}
-        def linear(name: str) -> SimpleNamespace:
-            return self.linear(prefix + name, blocks.get(name, BLOCK), self.format, biased.get(name, config.mlp_bias))
-        norms = [read(prefix + name) if config.qk_norm else None for name in ("q_norm", "k_norm")]
-        attention = SimpleNamespace(**{name: linear(name) for name in ("q", "k", "v", "o")}, q_norm=norms[0], k_norm=norms[1])
-        mlp = SimpleNamespace(**{name: linear(name) for name in ("gate", "up", "down")})
-        return SimpleNamespace(attention_norm=read(prefix + "attention_norm"), attention=attention,
-                               mlp_norm=read(prefix + "mlp_norm"), mlp=mlp)
-
-    def linear(self, name: str, block: int, weights_format: str, biased: bool = False) -> SimpleNamespace:
+    def matrix(self, name: str, block: int, weights_format: str):
+        """One matrix as products take it."""
         values = self.checkpoint.read(name)
         blocks = Blocks(values.shape[1], block)
         place = self._places.one(weights_format, len(values), blocks, None)
         self._places.fill(place, 0, self._quantized(values, blocks, weights_format))
-        bias = self.checkpoint.read(name + "_bias") if biased else np.zeros(0, np.float32)
-        return SimpleNamespace(weights=self._places.complete(place), bias=bias)
+        return self._places.complete(place)
 
     def _quantized(self, values: np.ndarray, blocks: Blocks, weights_format: str):
         if weights_format == "q3_5":
@@ -90,11 +63,8 @@ class Loader:
 def make_stage(model: str, weights_format: str, device, sequences: int, max_seq_len: int, max_rows: int) -> DeviceStage:
     """The whole of a model on a device."""
     checkpoint = open_checkpoint(model)
-    config, weights = checkpoint.config, Loader(checkpoint, weights_format, device).stage()
-    stage, share = StageShare(range(config.num_layers), True, True), TensorShare.of(config, 1, 0)
-    cache = DeviceCache(device, stage.layers, config.kv_heads, config.head_dim, sequences, max_seq_len, DTYPES[weights.kv_cache])
-    return DeviceStage(config, stage, share, weights, Alone(), device, sequences=sequences, max_seq_len=max_seq_len,
-                       max_rows=max_rows, max_outputs=sequences, cache=cache)
+    return whole_stage(checkpoint.config, Loader(checkpoint, weights_format, device).stage(), device, sequences=sequences,
+                       max_seq_len=max_seq_len, max_rows=max_rows)
 
 
 def answer(stage: DeviceStage, prompts: list[list[int]], count: int) -> list[Output]:
