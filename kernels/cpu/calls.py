@@ -2,12 +2,12 @@
 
 import numpy as np
 
+from .. import attention_inputs as inputs
 from ..formats import Blocks
-from ..numerics import BLOCK, OK, PAGE
+from ..numerics import BLOCK, OK
 from . import attention as paged
 from . import elementwise, products, quantize
 from .activations import Activation
-from .kv_store import padded_head_dim
 from .memory import address
 from .program import Program
 from .weights import Part, Weights, allocate, fill
@@ -124,21 +124,16 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = True, 
 
     Raises ValueError for shapes that do not fit, FloatingPointError for values that are not finite or out of range.
     """
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q [rows, heads, head_dim] and k, v [positions, kv_heads, head_dim] are needed, kv_heads a divisor of "
-                         f"heads, not {q.shape}, {k.shape}, {v.shape}")
+    inputs.check(q, k, v, causal, window)
     (rows, heads, head_dim), (positions, kv_heads, _), half = q.shape, k.shape, k.dtype == v.dtype == np.float16
-    if window < 0 or (window and not causal) or not positions or (causal and rows > positions):
-        raise ValueError(f"{rows} rows of {positions} positions, window {window}, {'' if causal else 'not '}causal: rows are the "
-                         "last positions, and only causal attention has a window")
     pool = pool or shared_pool(1)
-    keys, values = _pages(k, v, np.float16 if half else np.float32)
+    keys, values = inputs.in_pages(k, v)
     target = Activation(rows, heads * head_dim, min(head_dim, BLOCK), False)
-    where = np.arange(positions - rows, positions, dtype=np.int32) if causal else np.full(rows, positions - 1, np.int32)
+    where = inputs.positions_of(q, k, causal)
     slots, runs, table = np.zeros(rows, np.int32), np.zeros((rows, 2), np.int32), np.arange(len(keys), dtype=np.int32)
     pool.need_scratch(paged.scratch_bytes(positions, head_dim, heads // kv_heads))
     program, flat = Program(pool), np.ascontiguousarray(q, np.float32).reshape(rows, heads * head_dim)
-    scales = np.array([1.0 / np.sqrt(np.float64(head_dim)) if scale is None else scale], np.float32)
+    scales = np.array([inputs.default_scale(head_dim) if scale is None else scale], np.float32)
     work = WorkDistribution.for_attention(kv_heads, positions).record(pool.threads)
     program.add("attention", paged.attention_operation if half else paged.float32_attention_operation, paged.ATTENTION, work,
                 runs=runs, run_count=np.array([paged.runs_of(slots, where, rows, runs)]), q=flat, q_stride=heads * head_dim,
@@ -148,17 +143,3 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = True, 
     if rows and program.run() >= 0:
         raise FloatingPointError("attention: a value is not finite, or beyond the range of exact sums")
     return target.values.reshape(q.shape)
-
-
-def _pages(k: np.ndarray, v: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values [positions, kv_heads, head_dim] in pages, as the KV cache has them."""
-    positions, kv_heads, head_dim = k.shape
-    pages = -(-positions // PAGE)
-    def filled(x: np.ndarray) -> np.ndarray:
-        whole = np.zeros((pages * PAGE, kv_heads, head_dim), dtype)
-        whole[:positions] = x
-        return whole.reshape(pages, PAGE, kv_heads, head_dim)
-    keys = np.ascontiguousarray(filled(k).transpose(0, 2, 3, 1))
-    values = np.zeros((pages, kv_heads, PAGE, padded_head_dim(head_dim)), dtype)
-    values[..., :head_dim] = filled(v).transpose(0, 2, 1, 3)
-    return keys, values

@@ -41,11 +41,6 @@ def _store_at(typing_context, where):
     return record_pointer(STORE)
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """head_dim rounded up to whole vectors: the row length of the value pool."""
-    return -(-head_dim // LANES) * LANES
-
-
 @njit(cache=True)
 def _norm_and_rotate(op, row, where, norm):
     """One head at an address: RMS norm if there is one, then RoPE (Su et al. 2021; half-split pairs); returns a kernel status."""

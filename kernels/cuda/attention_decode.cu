@@ -13,6 +13,7 @@ constexpr int THREADS = 128, WARPS = THREADS / 32, STAGES = 3;
 constexpr int PAGE_VECTORS = 64;                        // 16-byte vectors of a page in a stage of keys
 constexpr int STAGE_VECTORS = BLOCK_PAGES * (PAGE_VECTORS + 4);     // a page is followed by a row of padding, 4 vectors at most
 constexpr int VALUE_VECTORS = 1024;                     // of a stage of values, in whole pages
+constexpr int QUERY_ROW = 256;                          // from query to query: as a constant it costs no instructions
 
 // How keys and values of the pages first … last of a block get to shared memory: chunks of some head_dim of all those pages, then
 // chunks of some pages of values.
@@ -64,9 +65,9 @@ template <class T> struct Stream {
     }
 };
 
-// Scores of HEADS queries, shared [HEADS, q_width], at this thread's two positions; to shared scores [heads, 256].
+// Scores of HEADS queries, shared [HEADS, QUERY_ROW], at this thread's two positions; to shared scores [heads, 256].
 template <class T, int HEADS>
-__device__ void score(Stream<T>& stream, const float* queries, int q_width, int head_dim, float scale, float2 factors, int heads,
+__device__ void score(Stream<T>& stream, const float* queries, int head_dim, float scale, float2 factors, int heads,
                       float* scores) {
     constexpr int CHUNK = Stream<T>::CHUNK;
     int page = threadIdx.x * 2 / PAGE, column = threadIdx.x * 2 % PAGE;
@@ -83,7 +84,7 @@ __device__ void score(Stream<T>& stream, const float* queries, int q_width, int 
             for (int i = 0; i < 4; i++) k[i] = load_pair(key + (d + i) * PAGE);
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
-                float4 q = *(const float4*)(queries + h * q_width + start + d);
+                float4 q = *(const float4*)(queries + h * QUERY_ROW + start + d);
                 float each[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -96,8 +97,8 @@ __device__ void score(Stream<T>& stream, const float* queries, int q_width, int 
             float2 k = load_pair(key + d * PAGE);
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
-                chain[h].x = __fmaf_rn(queries[h * q_width + start + d], k.x, chain[h].x);
-                chain[h].y = __fmaf_rn(queries[h * q_width + start + d], k.y, chain[h].y);
+                chain[h].x = __fmaf_rn(queries[h * QUERY_ROW + start + d], k.x, chain[h].x);
+                chain[h].y = __fmaf_rn(queries[h * QUERY_ROW + start + d], k.y, chain[h].y);
             }
         }
     }
@@ -164,9 +165,9 @@ template <class F> __device__ inline void for_heads(int heads, F with) {
 }
 
 template <class T> struct Score {
-    Stream<T>& stream; const float* queries; int q_width, head_dim; float scale; float2 factors; int heads; float* scores;
+    Stream<T>& stream; const float* queries; int head_dim; float scale; float2 factors; int heads; float* scores;
     template <int HEADS> __device__ void operator()() {
-        score<T, HEADS>(stream, queries, q_width, head_dim, scale, factors, heads, scores);
+        score<T, HEADS>(stream, queries, head_dim, scale, factors, heads, scores);
     }
 };
 
@@ -188,12 +189,12 @@ template <class T>
 __device__ void attend(const Attention& a, unsigned char* shared, int index, int position, int sequence, int block, int kv_head,
                        int head, int heads, int tile) {
     int2 span = visible(position, a.window, block);
-    int width = padded(a.head_dim), q_width = (a.head_dim + 3) / 4 * 4;
+    int width = padded(a.head_dim);
     uint4* stages = (uint4*)shared;
     float* scores = (float*)(stages + STAGES * STAGE_VECTORS);
     float* value_scales = scores + tile * ATTENTION_BLOCK;
     float* queries = value_scales + ATTENTION_BLOCK;
-    int* table = (int*)(queries + tile * q_width);
+    int* table = (int*)(queries + tile * QUERY_ROW);
     if (threadIdx.x < BLOCK_PAGES) {
         // Pages of which nothing is seen may not be in the table.
         int page = max(span.x / PAGE, min((int)threadIdx.x, (span.y - 1) / PAGE));
@@ -204,11 +205,11 @@ __device__ void attend(const Attention& a, unsigned char* shared, int index, int
     for (int i = 0; i < STAGES - 1; i++) stream.issue();
     for (int h = 0; h < heads; h++)
         for (int d = threadIdx.x; d < a.head_dim; d += THREADS)
-            queries[h * q_width + d] = a.q[(int64)(a.first_row + index) * a.q_stride + (head + h) * a.head_dim + d];
+            queries[h * QUERY_ROW + d] = a.q[(int64)(a.first_row + index) * a.q_stride + (head + h) * a.head_dim + d];
     float2 factors = scales_at(a.key_scales, table, a.kv_heads, kv_head);
     *(float2*)(value_scales + 2 * threadIdx.x) = scales_at(a.value_scales, table, a.kv_heads, kv_head);
     // The stream's barriers order these stores before the first use.
-    for_heads(heads, Score<T>{stream, queries, q_width, a.head_dim, a.scale, factors, heads, scores});
+    for_heads(heads, Score<T>{stream, queries, a.head_dim, a.scale, factors, heads, scores});
     __syncthreads();
     int64 place = ((int64)index * a.heads + head) * a.blocks + blockIdx.x;
     for (int h = threadIdx.x / 32; h < heads; h += WARPS) {

@@ -47,7 +47,7 @@ template <class T> struct Item {
     const uint4 *keys, *values;                         // of the KV head in page 0
     const float* query;                                 // of which this thread loads, or null
     int2 span;
-    int count;
+    int count, step;                                    // step: from one stage to the other, or 0 where there is but one
     float *stages, *scores;
     uint4 held[SIZE];                                   // of the next chunk, and queries that go with it
     float held_queries[4];
@@ -79,6 +79,12 @@ template <class T> struct Item {
         for (int i = 0; i < 4; i++) to[(threadIdx.x % 4 * 4 + i) * QUERY_ROW] = held_queries[i];
     }
 
+    // The next chunk follows: where it takes the place of this one, when all have done with that.
+    __device__ float* other_stage(int turn) {
+        if (step == 0) __syncthreads();
+        return stages + (turn ^ 1) * step;
+    }
+
     // Scores of all queries and positions. A warp has 32 queries and 64 positions, and leaves out what nobody sees.
     __device__ void score() {
         int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -91,7 +97,7 @@ template <class T> struct Item {
         store_keys(stages);
         __syncthreads();
         for (int start = 0, turn = 0; start < a.head_dim; start += DEPTH, turn ^= 1) {
-            const float *k = stages + turn * STAGE + position, *q = stages + turn * STAGE + DEPTH * ROW + first;
+            const float *k = stages + turn * step + position, *q = stages + turn * step + DEPTH * ROW + first;
             int depth = min(DEPTH, a.head_dim - start);
             if (start + DEPTH < a.head_dim) load_keys(start + DEPTH);
             if (active)
@@ -104,7 +110,7 @@ template <class T> struct Item {
 #pragma unroll
                     for (int i = 0; i < 64; i++) chain[i / 8][i % 8] = __fmaf_rn(qs[i / 8], ks[i % 8], chain[i / 8][i % 8]);
                 }
-            if (start + DEPTH < a.head_dim) store_keys(stages + (turn ^ 1) * STAGE);
+            if (start + DEPTH < a.head_dim) store_keys(other_stage(turn));
             __syncthreads();
         }
         if (!active) return;
@@ -154,7 +160,7 @@ template <class T> struct Item {
             store_values(stages);
             __syncthreads();
             for (int turn = 0; start < span.y; start += POSITIONS, turn ^= 1) {
-                const float *v = stages + turn * STAGE + column, *w = scores + first * ROW + start;
+                const float *v = stages + turn * step + column, *w = scores + first * ROW + start;
                 int low = max(span.x - start, 0) / 4 * 4, high = min(span.y - start, POSITIONS);
                 if (start + POSITIONS < span.y) load_values<COLUMNS>(panel, start + POSITIONS);
                 if (active)
@@ -177,7 +183,7 @@ template <class T> struct Item {
                             }
                         }
                     }
-                if (start + POSITIONS < span.y) store_values(stages + (turn ^ 1) * STAGE);
+                if (start + POSITIONS < span.y) store_values(other_stage(turn));
                 __syncthreads();
             }
 #pragma unroll
@@ -193,7 +199,7 @@ template <class T> struct Item {
 
 // A tile of rows from ``start`` on meets block ``block`` of a KV head.
 template <class T>
-__device__ void attend(const Attention& a, Work& work, float* shared, int start, int rows, int block, int kv_head) {
+__device__ void attend(const Attention& a, Work& work, float* shared, int step, int start, int rows, int block, int kv_head) {
     int head = a.head_starts[kv_head], heads = a.head_starts[kv_head + 1] - head, row = a.first_row + start;
     int count = rows * heads, position = a.positions[row], warp = threadIdx.x / 32;
     if (heads == 0) return;
@@ -218,7 +224,7 @@ __device__ void attend(const Attention& a, Work& work, float* shared, int start,
     const float* query = a.q + (int64)(row + mine / heads) * a.q_stride + (head + mine % heads) * a.head_dim;
     Item<T> item{a, work, (const uint4*)((const T*)a.keys + (int64)kv_head * a.head_dim * PAGE),
                  (const uint4*)((const T*)a.values + (int64)kv_head * PAGE * width), mine < count ? query : nullptr, span, count,
-                 shared + QUERIES * ROW, shared};
+                 step, shared + QUERIES * ROW, shared};
     item.score();
     __syncthreads();
     for (int i = warp; i < count; i += WARPS) {
@@ -233,8 +239,9 @@ __device__ void attend(const Attention& a, Work& work, float* shared, int start,
 }
 
 // tiles, items, counts: what attention_plan.cu has made of the rows from first_row on. Grid: as many blocks as run at a time;
-// each takes items in turn. Shared memory: scores and two stages.
-template <class T> __device__ void prefill(const Attention& a, const int* tiles, const int* items, const int* counts) {
+// each takes items in turn. Shared memory: scores and two stages, or one.
+template <class T>
+__device__ void prefill(const Attention& a, const int* tiles, const int* items, const int* counts, int stages) {
     DYNAMIC_SHARED(shared);
     __shared__ Work work;
     int tile = 0, total = counts[1];
@@ -242,14 +249,14 @@ template <class T> __device__ void prefill(const Attention& a, const int* tiles,
         while (item >= items[tile + 1]) tile++;
         int start = tiles[tile], rest = item - items[tile];
         int block = first_block(a.positions[a.first_row + start], a.window) + rest / a.kv_heads;
-        attend<T>(a, work, (float*)shared, start, tiles[tile + 1] - start, block, rest % a.kv_heads);
+        attend<T>(a, work, (float*)shared, stages > 1 ? STAGE : 0, start, tiles[tile + 1] - start, block, rest % a.kv_heads);
     }
 }
 
 #define KERNEL(name, T) \
     extern "C" __global__ void \
-    __launch_bounds__(THREADS, 2) name(ATTENTION_ARGUMENTS, const int* tiles, const int* items, const int* counts) { \
-        prefill<T>({ATTENTION_OPERATION}, tiles, items, counts); \
+    __launch_bounds__(THREADS, 2) name(ATTENTION_ARGUMENTS, const int* tiles, const int* items, const int* counts, int stages) { \
+        prefill<T>({ATTENTION_OPERATION}, tiles, items, counts, stages); \
     }
 
 KERNEL(prefill_half, uint16_t)

@@ -15,6 +15,9 @@ from .compiler import OLDEST, compile_source, sources
 
 # cudaError_t of the CUDA Runtime API.
 _INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100
+# A kernel gets more shared memory than this only when that was asked for: by these CUfunction_attributes, of which the second one
+# is the percentage of a multiprocessor's memory.
+_SHARED_BYTES, _MAX_DYNAMIC_SHARED, _CARVEOUT = 48 << 10, 8, 9
 
 
 class DeviceError(RuntimeError):
@@ -75,7 +78,8 @@ def _explained(runtime, error) -> str:
 class Device:
     """The GPU ``number`` of this process. Everything happens in order on one stream, beside the host.
 
-    ``architecture``: 90 for sm_90. ``multiprocessors``: how many blocks at least keep it busy. Raises DeviceError.
+    ``architecture``: 90 for sm_90. ``multiprocessors``: how many blocks at least keep it busy. ``shared_bytes``: shared memory
+    that a block can have. All methods raise DeviceError.
     """
 
     def __init__(self, number: int = 0):
@@ -87,7 +91,7 @@ class Device:
             facts = self._cupy.cuda.runtime.getDeviceProperties(number)
         except self._cupy.cuda.runtime.CUDARuntimeError as error:
             raise DeviceError(f"GPU {number} cannot be used: {error}") from None
-        self.name = facts["name"].decode()
+        self.name, self.shared_bytes = facts["name"].decode(), facts["sharedMemPerBlockOptin"]
         self.architecture, self.multiprocessors = 10 * facts["major"] + facts["minor"], facts["multiProcessorCount"]
         if self.architecture < OLDEST:
             raise DeviceError(f"{self.name} has architecture sm_{self.architecture}: sm_{OLDEST} or newer is needed")
@@ -96,15 +100,16 @@ class Device:
         self.stream = self._cupy.cuda.Stream(non_blocking=True)
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: dict[str, Any] = {}
+        self._shared: dict[tuple[str, str], int] = {}
 
     def zeros(self, shape, dtype):
-        """An array of zeros on the device."""
-        with self.stream:
+        """An array of zeros on the device. Raises DeviceError where it has no room."""
+        with self._told(), self.stream:
             return self._cupy.zeros(shape, dtype)
 
     def upload(self, array: np.ndarray, out=None):
         """A copy of ``array`` on the device: into ``out``, or a new one. From pinned memory the host does not wait."""
-        with self.stream:
+        with self._told(), self.stream:
             if out is None:
                 out = self._cupy.empty(array.shape, array.dtype)
             out.set(np.ascontiguousarray(array), stream=self.stream)
@@ -112,12 +117,12 @@ class Device:
 
     def download(self, array, out: np.ndarray | None = None) -> np.ndarray:
         """A copy of a device array on the host, into ``out`` (contiguous) if given. Waits for what was launched before."""
-        with self.stream:
+        with self._told(), self.stream:
             return array.get(stream=self.stream, out=out)
 
     def fetch(self, array, out: np.ndarray) -> None:
         """Begins to copy a device array into ``out``, contiguous and pinned: it is there after ``synchronize``."""
-        with self.stream:
+        with self._told(), self.stream:
             array.get(stream=self.stream, out=out, blocking=False)
 
     def pinned(self, shape, dtype) -> np.ndarray:
@@ -130,8 +135,9 @@ class Device:
 
         Arguments are device arrays (or None) for pointers, int for int, float for float, NumPy scalars for what they are.
         """
-        self._kernel(file, kernel, shared)(_three(grid), _three(block), tuple(map(_argument, arguments)), shared_mem=shared,
-                                           stream=self.stream)
+        with self._told():
+            self._kernel(file, kernel, shared)(_three(grid), _three(block), tuple(map(_argument, arguments)), shared_mem=shared,
+                                               stream=self.stream)
 
     def _kernel(self, file: str, kernel: str, shared: int):
         if (file, kernel) not in self._kernels:
@@ -140,7 +146,12 @@ class Device:
                 module.load(compile_source(file, self.architecture))
                 self._modules[file] = module
             self._kernels[file, kernel] = self._modules[file].get_function(kernel)
-        return self._kernels[file, kernel]
+        function = self._kernels[file, kernel]
+        if shared > self._shared.get((file, kernel), _SHARED_BYTES):
+            self._cupy.cuda.driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED, shared)
+            self._cupy.cuda.driver.funcSetAttribute(function.ptr, _CARVEOUT, 100)
+            self._shared[file, kernel] = shared
+        return function
 
     def compile(self) -> None:
         """Compiles all kernels for this device, or finds that it was done on this node before."""
@@ -149,11 +160,20 @@ class Device:
                 compile_source(name, self.architecture)
 
     def synchronize(self) -> None:
-        """Waits until everything launched is done. Raises DeviceError where the device was lost."""
-        try:
+        """Waits until everything launched is done."""
+        with self._told():
             self.stream.synchronize()
-        except self._cupy.cuda.runtime.CUDARuntimeError as error:
-            raise DeviceError(f"{self.name} was lost: {error}") from None
+
+    @contextmanager
+    def _told(self):
+        """What CUDA says of this device, as DeviceError; behind an error the device is of no use to this process."""
+        cuda = self._cupy.cuda
+        try:
+            yield
+        except cuda.memory.OutOfMemoryError as error:
+            raise DeviceError(f"GPU {self.number}, {self.name}, has too little memory: {error}") from None
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            raise DeviceError(f"GPU {self.number}, {self.name}, was lost: {error}") from None
 
     @contextmanager
     def capture(self):
@@ -168,7 +188,8 @@ class Device:
 
     def replay(self, recorded: list[Any]) -> None:
         """Runs what was captured."""
-        recorded[0].launch(stream=self.stream)
+        with self._told():
+            recorded[0].launch(stream=self.stream)
 
     def free_bytes(self) -> int:
         """Memory that may still be had."""

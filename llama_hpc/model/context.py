@@ -7,9 +7,9 @@ the query heads of all: queries are exchanged, then maxima of scores, then fixed
 import numpy as np
 
 from llama_hpc.comm.reduce import Region, TensorReducer
+from llama_hpc.kernels.attention_inputs import padded_head_dim
 from llama_hpc.kernels.cpu import context_attention as kernel
 from llama_hpc.kernels.cpu import joining
-from llama_hpc.kernels.cpu.kv_store import padded_head_dim
 from llama_hpc.kernels.cpu.memory import aligned
 from llama_hpc.kernels.cpu.workers import ONE_TASK, WorkDistribution
 from llama_hpc.model.kv_cache import BLOCK_PAGES, KVCache

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from llama_hpc.errors import DeviceUnavailable
 from llama_hpc.kernels.cuda import activations, attention, kv_store, products, sampling
 from llama_hpc.kernels.cuda.activations import Activation
+from llama_hpc.kernels.cuda.device import DeviceError
 from llama_hpc.kernels.cuda.products import Part
 from llama_hpc.kernels.numerics import ATTENTION_BLOCK, BLOCK, NOT_FINITE, down_block
 from llama_hpc.kernels.sampling import SEGMENT
@@ -77,7 +79,14 @@ class DeviceStage:
     # What the engine asks of a stage.
 
     def forward(self, batch) -> None:
-        """As ``TransformerStage.forward``: runs the stage's layers on the residual."""
+        """As ``TransformerStage.forward``: runs the stage's layers on the residual. Raises DeviceUnavailable where the device is
+        lost."""
+        try:
+            self._forward(batch)
+        except DeviceError as error:
+            raise DeviceUnavailable(f"{error}; --resume goes on with what is finished, on other devices too") from None
+
+    def _forward(self, batch) -> None:
         rows, outputs = batch.rows, len(batch.outputs)
         self._load(batch, rows, outputs)
         if not self.stage.first:

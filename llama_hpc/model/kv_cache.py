@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from llama_hpc.kernels.cpu.kv_store import padded_head_dim
+from llama_hpc.kernels.attention_inputs import padded_head_dim
 from llama_hpc.kernels.cpu.memory import give_back
 from llama_hpc.kernels.numerics import ATTENTION_BLOCK, PAGE
 

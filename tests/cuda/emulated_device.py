@@ -55,7 +55,7 @@ def build(name: str) -> Path:
 class EmulatedDevice:
     """``Device`` without one. Threads of a block take turns in ascending or ``descending`` order."""
 
-    name, number, architecture, multiprocessors = "emulated", 0, 90, 4
+    name, number, architecture, multiprocessors, shared_bytes = "emulated", 0, 90, 4, 227 << 10
 
     def __init__(self, descending: bool = False):
         self.descending, self.launches, self.identity = descending, 0, (os.uname().nodename, os.getpid())
@@ -97,7 +97,7 @@ class EmulatedDevice:
         if file not in self._libraries:
             self._libraries[file] = ctypes.CDLL(str(build(file)))
         function = getattr(self._libraries[file], f"launch_{kernel}")
-        assert shared <= 227 << 10 and int(np.prod(block)) <= 1024 and all(grid)
+        assert shared <= self.shared_bytes and int(np.prod(block)) <= 1024 and all(grid)
         sizes = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))

@@ -3,8 +3,9 @@
 import numpy as np
 
 from llama_hpc.kernels import reference
+from llama_hpc.kernels.attention_inputs import padded_head_dim
 from llama_hpc.kernels.cuda.activations import Activation
-from llama_hpc.kernels.cuda.attention import Scratch, attention, most_blocks, padded_head_dim
+from llama_hpc.kernels.cuda.attention import Scratch, attention, most_blocks
 from llama_hpc.kernels.numerics import OK, PAGE
 
 KINDS = np.uint16, np.float32, np.int8

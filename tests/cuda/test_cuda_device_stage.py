@@ -5,6 +5,9 @@ import pytest
 from local_model import LocalModel
 from reference_models import CASES, prompt, write_checkpoint
 
+from llama_hpc.errors import DeviceUnavailable
+from llama_hpc.kernels.cuda.device import DeviceError
+
 FORMATS = ("q3_5", "q8", "q4", "f16", "f32")
 
 
@@ -32,12 +35,23 @@ def compare(path, ids, device, **options):
 
 
 @pytest.mark.parametrize("weights_format", FORMATS)
-def test_formats(device, checkpoint, weights_format):
+def test_formats(one_device, checkpoint, weights_format):
     ids = [int(i) for i in prompt("llama_odd")] * 3
-    stage = compare(checkpoint("llama_odd"), ids, device, weights_format=weights_format)
+    stage = compare(checkpoint("llama_odd"), ids, one_device, weights_format=weights_format)
     assert stage.replayed_steps == 4
 
 
+def test_a_device_that_is_lost_is_told(one_device, checkpoint, monkeypatch):
+    model = LocalModel(checkpoint("llama_odd"), "q8", max_seq_len=64, device=one_device)
+    model.forward([1, 2])
+
+    def lost():
+        raise DeviceError("GPU 0, made up, was lost: bus error")
+    monkeypatch.setattr(one_device, "synchronize", lost)
+    with pytest.raises(DeviceUnavailable, match="GPU 0, made up, was lost: bus error; --resume goes on"):
+        model.forward([3], 2)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case != "llama_odd"])
-def test_families(device, checkpoint, case):
-    compare(checkpoint(case), [int(i) for i in prompt(case)] * 3, device, weights_format="q8", kv_cache="q8")
+def test_families(one_device, checkpoint, case):
+    compare(checkpoint(case), [int(i) for i in prompt(case)] * 3, one_device, weights_format="q8", kv_cache="q8")

@@ -6,7 +6,8 @@ import numpy as np
 from kernel_inputs import normal
 
 from llama_hpc.kernels import reference
-from llama_hpc.kernels.cpu import attention, kv_store
+from llama_hpc.kernels.attention_inputs import padded_head_dim
+from llama_hpc.kernels.cpu import attention
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.program import Program
 from llama_hpc.kernels.cpu.workers import ONE_TASK, Pool
@@ -49,7 +50,7 @@ class Cache:
         scales = [np.full((count, kv_heads, PAGE), 0x7E00, np.uint16) for _ in range(2)]
         self.scale_pools = scales if self.dtype == np.int8 else [None, None]
         self.key_pool = np.full((count, kv_heads, head_dim, PAGE), unwritten, dtype)
-        self.value_pool = np.full((count, kv_heads, PAGE, kv_store.padded_head_dim(head_dim)), unwritten, dtype)
+        self.value_pool = np.full((count, kv_heads, PAGE, padded_head_dim(head_dim)), unwritten, dtype)
         shape = kv_heads, head_dim
         self.keys = [self.rounded(normal((length, *shape), rng.integers(1 << 30), size)) for length in lengths]
         self.values = [self.rounded(normal((length, *shape), rng.integers(1 << 30))) for length in lengths]
