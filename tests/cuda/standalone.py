@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
 from llama_hpc.kernels import reference_quantize
 from llama_hpc.kernels.codebook import fit_codebook, sample_rows
