@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import mpi_jobs
 import pytest
 from damaged_models import Models
 
@@ -225,7 +226,8 @@ def test_one_line_and_nothing_left(mpirun, command, models, tmp_path, name, n):
     assert len(lines) == 1 and lines[0].startswith("llama-hpc: error: "), job.stdout + job.stderr
     for text in case.alone if n == 1 and case.alone else case.texts:
         assert text.replace("{n}", str(n)) in lines[0]
-    assert job.returncode == case.code
+    # Ranks that MPI has not joined are killed when the first leaves; of their codes mpiexec of MPICH may tell the last one.
+    assert job.returncode == case.code or (mpi_jobs.MPI == "mpich" and name in ALONE and n > 1 and job.returncode == 9)
     assert "Traceback" not in job.stderr
     assert contents(tmp_path) == {case.file: case.prompts}
 
