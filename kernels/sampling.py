@@ -17,6 +17,7 @@ _MASK = 2**64 - 1
 # above the highest it is the same everywhere, and nothing between them overflows (nor with adjusted logits, below 2**33).
 TEMPERATURES = 2.0**-64, 2.0**64
 SEGMENT = 4096                  # logits whose largest one, and sum of weights, are found together
+NOTHING = np.int64(-(2**63))    # below the key of any logit
 _FEW = 256                      # tokens that are put in order at first: most draws need no more
 
 

@@ -8,14 +8,12 @@ from numba import carray, njit
 from numba.extending import intrinsic
 
 from ..numerics import FIXED
-from ..sampling import SEGMENT
+from ..sampling import NOTHING, SEGMENT
 from .functions import exp
 from .memory import float32_at, int32_at, int64_at, record, record_pointer
 from .operation import operation
 from .simd import float_from_bits, rint
 from .team import begin, chunk, work_at
-
-NOTHING = np.int64(-(2**63))    # below the key of any logit
 
 # logits: float32 [rows, stride] of tokens ``first`` …; best, totals: int64 [rows, segments]; rows: an int64.
 LOGITS = record("team", "status", "work", "rows", "logits", "stride", "columns", "first", "segments", "best", "totals")

@@ -26,9 +26,9 @@ template <class F> __device__ int scan(int value, int& carry, F join) {
 }
 
 // Cuts ``most`` rows from first_row on into tiles of up to tile_rows consecutive positions of one sequence: tiles [count + 1],
-// their first rows, counted from first_row. Those of ``least`` rows and more are work for attention_prefill.cu: items [count + 1],
-// the first of a tile's items, which are attention blocks x KV heads. Other rows are ``alone`` [..]. counts [3]: tiles, items,
-// rows alone. Grid: 1.
+// their first rows, counted from first_row. Those of ``least`` rows and more are work for attention_prefill.cu: items
+// [count + 1], the first of a tile's items, which are attention blocks x KV heads. Other rows are ``alone`` [..]. counts [3]:
+// tiles, items, rows alone. Grid: 1.
 extern "C" __global__ void __launch_bounds__(THREADS) plan_tiles(
         const int* sequences, const int* positions, const int* rows, int first_row, int most, int window, int kv_heads,
         int tile_rows, int least, int* tiles, int* items, int* alone, int* counts) {

@@ -240,7 +240,8 @@ __device__ void attend(const Attention& a, Work& work, float* shared, int step, 
 
 // tiles, items, counts: what attention_plan.cu has made of the rows from first_row on. Grid: as many blocks as run at a time;
 // each takes items in turn. Shared memory: scores and two stages, or one.
-template <class T> __device__ void prefill(const Attention& a, const int* tiles, const int* items, const int* counts, int stages) {
+template <class T>
+__device__ void prefill(const Attention& a, const int* tiles, const int* items, const int* counts, int stages) {
     DYNAMIC_SHARED(shared);
     __shared__ Work work;
     int tile = 0, total = counts[1];

@@ -1,27 +1,8 @@
 // RMS norm of rows, quantised for the products behind it. One block a row.
 #include "activations.cuh"
+#include "block.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-
-template <class T> __device__ inline T block_max(T value, T* shared) {
-    value = warp_max(value);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = shared[0];
-    for (int i = 1; i < WARPS; i++) value = shared[i] > value ? shared[i] : value;
-    return value;
-}
-
-__device__ inline int64 block_sum(int64 value, int64* shared) {
-    value = warp_sum(value);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0;
-    for (int i = 0; i < WARPS; i++) value += shared[i];
-    return value;
-}
 
 // out [rows, columns] = x / sqrt(mean(x**2) + eps) * weight of rows of ``residual`` [.., columns]: row r, or selected[r] of them
 // if given; then quantised into x and scales, if given. Grid: rows. ``rows``: on the device; blocks beyond them do nothing.

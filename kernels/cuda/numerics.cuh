@@ -49,6 +49,23 @@ __device__ inline float sigmoid(float x) {
 
 __device__ inline float silu_multiply(float gate, float up) { return gate * sigmoid(gate) * up; }
 
+// float64 natural logarithm of a positive normal number, by the series of artanh.
+__device__ inline double canonical_log(double x) {
+    int64 bits = __double_as_longlong(x), exponent = (bits >> 52) - 1023;
+    double mantissa = __longlong_as_double((bits & ((1ll << 52) - 1)) | (1023ll << 52));
+    if (mantissa > 1.4142135623730951) mantissa *= 0.5, exponent++;
+    double s = (mantissa - 1.0) / (mantissa + 1.0), square = s * s, p = 0.0;
+#pragma unroll
+    for (int n = 23; n > 0; n -= 2) p = p * square + 1.0 / n;
+    return __ll2double_rn(exponent) * 0.6931471805599453 + 2.0 * s * p;
+}
+
+// log softmax of one logit; ``total`` is the sum of rint(exp(l - maximum) * 2**32) over the vocabulary.
+__device__ inline float log_probability(float logit, float maximum, int64 total) {
+    double value = ((double)logit - (double)maximum) - canonical_log(__ll2double_rn(total) * UNFIXED);
+    return __double2float_rn(value) + 0.0f;             // never -0
+}
+
 // Integers in the order of the float32 with these bits; the map is its own inverse.
 __device__ inline int ascending(int bits) { return bits < 0 ? (int)(0x80000000u - (unsigned)bits) : bits; }
 

@@ -65,7 +65,10 @@ template <class Format, int TOKENS> struct Multiplier {
     }
     __device__ inline void begin(const Part& part, const Place& where) {
         int lane = threadIdx.x % 32;
-        place = 4 * lane + 128 * where.second;
+        if (Format::SHARED) {
+            DYNAMIC_SHARED(table);
+            place = shared_address(table + 4 * lane + TABLE_BYTES * where.second);
+        }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) row_scale[r] = part.row_scales[where.tile * TILE + row(r, lane)];
     }
@@ -111,7 +114,7 @@ template <class Format, int TOKENS> struct Multiplier {
             int group = WHOLE ? first + j : min(first + j, in.groups - 1);
             uint2 pair = x[group * 4];
             uint32_t a[2][4], b[2] = {pair.x, pair.y};
-            Format::decode(a, words, j, place);
+            Format::decode(a, words + j / 2 * PAIR_WORDS<Format>, j % 2, place);
             int d[2][4];
 #pragma unroll
             for (int i = 0; i < 8; i++) d[i / 4][i % 4] = Dot<Format>::start();

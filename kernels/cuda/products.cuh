@@ -34,11 +34,15 @@ struct Gated {
     int columns, block;
 };
 
-// y = float32(sum * 2**-32), which is to be within the limit, + bias.
-__device__ inline float output(int64 sum, const float* bias, int at, int& found) {
+// y = float32(sum * 2**-32), which is to be within the limit, + bias of this column.
+__device__ inline float output(int64 sum, const float* bias, int column, int& found) {
     float y = from_fixed(sum);
     if (!within(y, OUTPUT_LIMIT)) found |= OUT_OF_RANGE;
-    return bias ? y + bias[at] : y;
+    return bias ? y + bias[column] : y;
+}
+
+__device__ inline float output(const Part& part, int64 sum, int column, int& found) {
+    return column < part.outputs ? output(sum, part.bias, column, found) : 0.0f;
 }
 
 // Puts an output of a token where it belongs. Not for GATED.
@@ -54,14 +58,10 @@ __device__ inline void put(const Part& part, int mode, int token, int column, in
 }
 
 // silu(gate) * up of 32 columns of a token, lane by lane, and their quantised form.
-__device__ inline void put_gated(const Part& gate, const Part& up, const Gated& gated, int token, int tile, int64 gate_sum,
-                                 int64 up_sum, int& found) {
-    int lane = threadIdx.x % 32, column = tile * TILE + lane;
+__device__ inline void put_gated(const Gated& gated, int token, int tile, float gate, float up, int& found) {
+    int column = tile * TILE + threadIdx.x % 32;
     float* values = gated.values + (int64)token * gated.columns;
-    if (column < gate.outputs) {
-        float g = output(gate_sum, gate.bias, column, found), u = output(up_sum, up.bias, column, found);
-        values[column] = silu_multiply(g, u);
-    }
+    if (column < gated.columns) values[column] = silu_multiply(gate, up);
     if (!gated.x) return;
     // Each lane reads what it has written.
     int groups = groups_of(gated.columns, gated.block);
@@ -160,12 +160,15 @@ template <class Multiplier> __device__ inline void share_units(
             }
         if (arrive(meeting.arrived + division.tile0 + start.tile, (place.unit ? place.unit : units) - start.unit, all))
             for (int token = 0; token < last - first; token++) {
+                int column = start.tile * TILE + lane;
                 int64 sum = take(joined + token * TILE + lane);
-                if (gates)
-                    put_gated(division.part, division.second, gated, first + token, start.tile, sum,
-                              take(joined + (FEW + token) * TILE + lane), found);
-                else
-                    put(division.part, mode, first + token, start.tile * TILE + lane, sum, found);
+                if (gates) {
+                    int64 up = take(joined + (FEW + token) * TILE + lane);
+                    put_gated(gated, first + token, start.tile, output(division.part, sum, column, found),
+                              output(division.second, up, column, found), found);
+                } else {
+                    put(division.part, mode, first + token, column, sum, found);
+                }
             }
     }
     report(status, found);

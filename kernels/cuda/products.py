@@ -5,15 +5,20 @@ from typing import Any
 
 import numpy as np
 
+from ..formats import Blocks
 from ..numerics import GROUP
 from .activations import Activation
-from .weights import TILE, DeviceWeights, groups_per_unit
+from .weights import TILE, UNIT, DeviceWeights, groups_per_unit
 
 FLOAT, ADD, SUMS, GATED = range(4)
 FEW = 8                         # tokens that one launch of the kernels for few tokens multiplies
+MANY = 32                       # up to so many tokens, launches for few come to less
 PARTS = 3                       # of a product at most
 _ROW_THREADS = 256
-_TABLE_BYTES = 65536            # of shared memory for looking up codes of q3_5
+_TABLE_BYTES = 32768            # of shared memory for looking up codes of a tensor in q3_5
+_MANY_TOKENS, _MANY_THREADS = 128, 256
+# Shared memory that a block may have, by architecture.
+_SHARED_BYTES, _LEAST_SHARED = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}, 64 << 10
 # Blocks of a multiprocessor and threads of a block, of kernels for 1, 2, 4 and 8 tokens: as their registers allow.
 _SHAPES = {"integers": ((1, 512),) * 4, "floats": ((4, 256), (4, 256), (3, 256), (2, 256))}
 
@@ -62,8 +67,12 @@ def product(device, activation: Activation, parts: list[Part], rows, most: int, 
     _check(activation, parts, mode, gated)
     if scratch is None or scratch.tiles < sum(part.weights.tiles for part in parts):
         raise ValueError(f"a product of {sum(part.weights.rows for part in parts)} outputs needs a Scratch for them")
-    for first in range(0, most, FEW):
-        _few(device, activation, parts, rows, first, min(FEW, most - first), mode, status, gated, scratch)
+    shared = _shared_for_many(parts[0].weights, mode)
+    if most > MANY and parts[0].weights.quantized and shared <= _SHARED_BYTES.get(device.architecture, _LEAST_SHARED):
+        _many(device, activation, parts, rows, most, mode, status, gated, shared)
+    else:
+        for first in range(0, most, FEW):
+            _few(device, activation, parts, rows, first, min(FEW, most - first), mode, status, gated, scratch)
 
 
 def _check(activation: Activation, parts: list[Part], mode: int, gated: Activation | None) -> None:
@@ -80,34 +89,59 @@ def _check(activation: Activation, parts: list[Part], mode: int, gated: Activati
 
 
 def _few(device, activation, parts, rows, first, count, mode, status, gated, scratch) -> None:
+    """Multiplies ``count`` tokens from ``first`` on: the units of all tiles are dealt out over the device."""
     weights = parts[0].weights
     variant = (count - 1).bit_length()
     blocks, threads = _SHAPES["integers" if weights.quantized else "floats"][variant]
-    starts = _starts(parts, mode, blocks * device.multiprocessors, threads // TILE)
+    work = [part.weights.tiles * part.weights.units for part in parts]
+    starts = _starts(work, mode, blocks * device.multiprocessors, threads // TILE)
+    if weights.quantized:
+        blocks = activation.blocks
+        file, inputs = "products.cu", (activation.x, activation.scales, blocks.groups, groups_per_unit(blocks), _ends(blocks))
+    else:
+        file, inputs = "products_float.cu", (activation.values, activation.blocks.size, activation.blocks.block)
+    device.launch(file, f"{weights.format}_for_{1 << variant}", (starts[2],), (threads,), *_arguments(parts, starts, mode, gated),
+                  scratch.sums, scratch.arrived, rows, first, status, *inputs, shared=_table_bytes(weights, mode))
+
+
+def _many(device, activation, parts, rows, most, mode, status, gated, shared) -> None:
+    """Multiplies all tokens: a block has two tiles of 32 rows and some tokens."""
+    weights, blocks, ends = parts[0].weights, activation.blocks, []
+    for part in parts:
+        ends.append((part.weights.tiles if mode == GATED else -(-part.weights.tiles // 2)) + (ends[-1] if ends else 0))
+    starts = [ends[0]] * PARTS if mode == GATED else (ends + [ends[-1]] * PARTS)[:PARTS]
+    device.launch("products_many.cu", f"{weights.format}_for_many", (-(-most // _MANY_TOKENS), starts[2]), (_MANY_THREADS,),
+                  *_arguments(parts, starts, mode, gated), rows, status, activation.x, activation.scales, blocks.groups,
+                  blocks.groups_per_block, groups_per_unit(blocks), shared=shared)
+
+
+def _shared_for_many(weights: DeviceWeights, mode: int) -> int:
+    """Shared memory of a block: tables, a unit of both tiles, activations of two units, fragments, factors, scales."""
+    raw = 2 * weights.data.nbytes // (weights.tiles * weights.units)
+    work = raw + 2 * _MANY_TOKENS * UNIT * GROUP + 2 * TILE * UNIT * (GROUP + 4) + 4 * _MANY_TOKENS * UNIT
+    return _table_bytes(weights, mode) + work
+
+
+def _arguments(parts: list[Part], starts, mode: int, gated: Activation | None) -> tuple:
+    """What kernels take first."""
     given = [part.arguments for part in parts] + [_NOTHING] * (PARTS - len(parts))
     target = (None, None, None, 0, 0) if gated is None else (gated.values, gated.x, gated.scales, gated.blocks.size,
                                                              gated.blocks.block)
-    if weights.quantized:
-        file, inputs = "products.cu", _quantized_inputs(activation)
-    else:
-        file, inputs = "products_float.cu", (activation.values, activation.blocks.size, activation.blocks.block)
-    device.launch(file, f"{weights.format}_for_{1 << variant}", (starts[2],), (threads,), *given[0], *given[1], *given[2],
-                  starts[0], starts[1], mode, *target, scratch.sums, scratch.arrived, rows, first, status, *inputs,
-                  shared=_TABLE_BYTES if weights.format == "q3_5" else 0)
+    return *given[0], *given[1], *given[2], starts[0], starts[1], mode, *target
 
 
-def _quantized_inputs(activation: Activation) -> tuple:
-    """The activations, and how groups make blocks and units: bit j of the last number says that group j ends a block."""
-    blocks = activation.blocks
-    per_unit = groups_per_unit(blocks)
-    ends = sum(1 << j for j in range(per_unit) if (j + 1) % blocks.groups_per_block == 0)
-    return activation.x, activation.scales, blocks.groups, per_unit, ends
+def _table_bytes(weights: DeviceWeights, mode: int) -> int:
+    return _TABLE_BYTES * (2 if mode == GATED else 1) if weights.format == "q3_5" else 0
 
 
-def _starts(parts: list[Part], mode: int, blocks: int, warps: int) -> tuple[int, int, int]:
+def _ends(blocks: Blocks) -> int:
+    """Bit j says that group j of a unit ends a reduction block."""
+    return sum(1 << j for j in range(groups_per_unit(blocks)) if (j + 1) % blocks.groups_per_block == 0)
+
+
+def _starts(work: list[int], mode: int, blocks: int, warps: int) -> tuple[int, int, int]:
     """Where the blocks of the second and third part begin, and how many there are: in proportion to the work, and not more than
     have any."""
-    work = [part.weights.tiles * part.weights.units for part in parts]
     if mode == GATED:
         work = [sum(work)]
     total, ends = sum(work), []

@@ -102,6 +102,25 @@ __device__ inline void load_matrices(uint32_t (&tiles)[4], const void* row) {
 #endif
 }
 
+// Words of shared memory by 32-bit addresses, which integer instructions make.
+__device__ inline uint32_t shared_address(const void* where) {
+#ifdef LLAMA_HPC_EMULATION
+    return emulation::shared_address(where);
+#else
+    return (uint32_t)__cvta_generic_to_shared(where);
+#endif
+}
+
+__device__ inline uint32_t load_shared(uint32_t address) {
+#ifdef LLAMA_HPC_EMULATION
+    return emulation::load_shared(address);
+#else
+    uint32_t word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+    return word;
+#endif
+}
+
 // The shared memory whose size a launch gives, at a multiple of 16.
 #ifdef LLAMA_HPC_EMULATION
 #define DYNAMIC_SHARED(name) unsigned char* name = (unsigned char*)emulation::dynamic_shared()

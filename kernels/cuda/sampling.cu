@@ -1,50 +1,46 @@
-// The largest logits of rows, and the sums of their softmax weights, by segments of the vocabulary: integers, whose maxima and
-// sums are the same in any order. One block for each row and segment.
-#include "numerics.cuh"
+// The largest logits of rows, and the sums of their softmax weights, by segments of the vocabulary: what greedy answers and
+// log-probabilities need. One block a segment; grid: segments, rows. ``rows``: on the device; blocks beyond them do nothing.
+#include "sampling.cuh"
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, SEGMENT = 4096;
-constexpr int64 NOTHING = -0x7FFFFFFFFFFFFFFFLL - 1;    // below the key of any logit
+constexpr int THREADS = 256, EACH = SEGMENT / THREADS;
 
-// best [rows, segments] = the greatest key of the segment: the logit's order in the upper half, below it the token, greatest for
-// the lowest id. logits: float32 [rows, columns] of tokens ``first`` …; a segment without logits gets NOTHING.
-extern "C" __global__ void __launch_bounds__(THREADS) find_best(const float* logits, int columns, int first, const int* rows,
-                                                                int64* best) {
-    __shared__ int64 found[WARPS];
-    int row = blockIdx.y, segment = blockIdx.x, stop = min(columns, (segment + 1) * SEGMENT);
+// best [rows, segments]: the greatest key of each segment of logits [rows, columns] of tokens ``first`` ...; NOTHING of none.
+extern "C" __global__ void __launch_bounds__(THREADS) find_best(
+        const float* logits, int columns, int first, const int* rows, int64* best) {
+    __shared__ int64 greatest[MOST_WARPS];
+    int row = blockIdx.y, start = blockIdx.x * SEGMENT;
     if (row >= *rows) return;
-    int64 largest = NOTHING;
-    for (int i = segment * SEGMENT + threadIdx.x; i < stop; i += THREADS) {
-        int64 order = ascending(__float_as_int(logits[(int64)row * columns + i]));
-        int64 key = (int64)((uint64)order << 32) | (0x7FFFFFFF - (first + i));
-        largest = key > largest ? key : largest;
+    const float* own = logits + (int64)row * columns;
+    int64 key = NOTHING;
+    // Unrolled: the loads are all on their way before the first is compared.
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int column = start + i * THREADS + threadIdx.x;
+        int64 other = column < columns ? key_of(own[column], first + column) : NOTHING;
+        key = other > key ? other : key;
     }
-    largest = warp_max(largest);
-    if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = largest;
-    __syncthreads();
-    if (threadIdx.x) return;
-    for (int i = 1; i < WARPS; i++) largest = found[i] > largest ? found[i] : largest;
-    best[(int64)row * gridDim.x + segment] = largest;
+    key = block_max(key, greatest);
+    if (threadIdx.x == 0) best[(int64)row * gridDim.x + blockIdx.x] = key;
 }
 
-// totals [rows, segments] = sums of rint(exp(l - max) * 2**32), relative to the row's largest logit, which ``best`` tells.
-extern "C" __global__ void __launch_bounds__(THREADS) find_totals(const float* logits, int columns, const int64* best,
-                                                                  const int* rows, int64* totals) {
-    __shared__ int64 sums[WARPS];
-    int row = blockIdx.y, segment = blockIdx.x, stop = min(columns, (segment + 1) * SEGMENT);
+// totals [rows, segments]: the sum of rint(exp(l - maximum) * 2**32) over a segment, relative to the largest logit of the row.
+extern "C" __global__ void __launch_bounds__(THREADS) find_totals(
+        const float* logits, int columns, const int64* best, const int* rows, int64* totals) {
+    __shared__ int64 sums[MOST_WARPS];
+    int row = blockIdx.y, start = blockIdx.x * SEGMENT;
     if (row >= *rows) return;
-    int64 largest = NOTHING;
-    for (int i = 0; i < gridDim.x; i++) {
-        int64 key = best[(int64)row * gridDim.x + i];
-        largest = key > largest ? key : largest;
+    const float* own = logits + (int64)row * columns;
+    float values[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int column = start + i * THREADS + threadIdx.x;
+        values[i] = column < columns ? own[column] : -__int_as_float(INFINITY_BITS);
     }
-    float maximum = __int_as_float(ascending((int)(largest >> 32)));
+    float maximum = logit_of(greatest_of(best + (int64)row * gridDim.x, gridDim.x));
     int64 total = 0;
-    for (int i = segment * SEGMENT + threadIdx.x; i < stop; i += THREADS)
-        total += to_fixed(canonical_exp(logits[(int64)row * columns + i] - maximum));
-    total = warp_sum(total);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = total;
-    __syncthreads();
-    if (threadIdx.x) return;
-    for (int i = 1; i < WARPS; i++) total += sums[i];
-    totals[(int64)row * gridDim.x + segment] = total;
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (start + i * THREADS + threadIdx.x < columns) total += weight_of(values[i], maximum);
+    total = block_sum(total, sums);
+    if (threadIdx.x == 0) totals[(int64)row * gridDim.x + blockIdx.x] = total;
 }

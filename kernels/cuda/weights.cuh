@@ -14,28 +14,27 @@
 #include "numerics.cuh"
 
 constexpr int TILE = 32, UNIT = 8;
-// A table of words, 256 bytes for each byte of codes: the pair for each of 32 lanes, then that of another codebook. So lanes read
-// different banks, and __byte_perm alone makes an address.
-constexpr int TABLE_BYTES = 65536;
+// A table of words, 128 bytes for each byte of codes, that for 32 lanes hold the same pair: so lanes read different banks, and
+// __dp4a alone makes an address of a byte. There may be a second one, of up's codebook.
+constexpr int TABLE_BYTES = 32768;
 
 __device__ const float FACTORS[16] = {
     1.148698354997f, -1.101905115877f, 1.049716683623f, -0.993092495437f, 0.933032991537f, -0.870550563296f,
     0.806641759222f, -0.742261785315f, 0.678302163724f, -0.615572206672f, 0.554784736034f, -0.496546247719f,
     0.441351498145f, -0.389582289830f, 0.341510064189f, -0.297301778751f};
 
-// Fills one of the two halves of the table, which dynamic shared memory begins with. Every thread of the block takes part, and a
-// barrier follows.
-__device__ inline void fill_table(const uint16_t* codebook, int half) {
+// Fills the first or second table, with which dynamic shared memory begins. All threads take part, a barrier follows.
+__device__ inline void fill_table(const uint16_t* codebook, int number) {
     DYNAMIC_SHARED(table);
     for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {
         uint32_t pair = codebook[i / 16];
-        *(uint4*)(table + i / 8 * 256 + half * 128 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+        *(uint4*)(table + number * TABLE_BYTES + 16 * i) = make_uint4(pair, pair, pair, pair);
     }
 }
 
 // Each format: how many vectors a unit has of codes, bytes of its factors, shared memory for its tables; UNITY is what dots are
-// multiples of. ``decode`` gives the two fragments of group j, of the upper and the lower half of the tile; ``place`` is 4 * lane,
-// plus 128 for the second codebook. ``Factors`` are those of a row, ``of`` the one of group j, for a warp together. AHEAD: registers
+// multiples of. ``decode`` gives two fragments, of the upper and the lower half of the tile, of the first or second of two groups
+// from the words of both; ``place`` is where in shared memory a lane's words of the table begin. ``Factors`` are those of a row, ``of`` the one of group j, for a warp together. AHEAD: registers
 // hold the codes of one unit more, which are loaded while others are multiplied.
 struct Pairs {
     static constexpr int VECTORS = 7, ROW_BYTES = 4, SHARED = TABLE_BYTES;
@@ -43,26 +42,20 @@ struct Pairs {
     static constexpr float UNITY = 1.0f;
     typedef uint32_t Factors;
 
-    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, uint32_t place) {
-        const uint32_t* pair = words + j / 2 * 7;
+    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t* pair, int j, uint32_t place) {
         uint32_t last = 0;
-        if (j % 2) {
+        if (j) {
 #pragma unroll
             for (int i = 0; i < 7; i++) last |= pair[i] << (i + 1) & 0x02020202u << i;
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            uint32_t word = j % 2 ? (i < 3 ? pair[4 + i] : last) : pair[i];
+            uint32_t word = j ? (i < 3 ? pair[4 + i] : last) : pair[i];
 #pragma unroll
             for (int row = 0; row < 2; row++)
-                a[i / 2][i % 2 * 2 + row] = __byte_perm(entry(word, place, 0x5504 + 0x20 * row),
-                                                        entry(word, place, 0x5514 + 0x20 * row), 0x5410);
+                a[i / 2][i % 2 * 2 + row] = __byte_perm(load_shared(__dp4a(word, 0x80u << 16 * row, place)),
+                                                        load_shared(__dp4a(word, 0x8000u << 16 * row, place)), 0x5410);
         }
-    }
-    // The selector makes bytes (place, byte of the word, 0, 0). The table is named here, for a constant to be added in the load.
-    static __device__ inline uint32_t entry(uint32_t word, uint32_t place, uint32_t selector) {
-        DYNAMIC_SHARED(table);
-        return *(const uint32_t*)(table + __byte_perm(word, place, selector));
     }
     // Lane l brings factor l % 16, so the bit behind an index does not matter.
     static __device__ inline float held() { return FACTORS[threadIdx.x % 16]; }
@@ -87,11 +80,11 @@ struct Nibbles : HalfFactors {
     static constexpr bool AHEAD = true;
     static constexpr float UNITY = 16.0f;
 
-    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, uint32_t) {
+    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t* pair, int j, uint32_t) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            a[i / 2][i % 2 * 2] = words[4 * j + i] & 0xF0F0F0F0u;
-            a[i / 2][i % 2 * 2 + 1] = words[4 * j + i] << 4 & 0xF0F0F0F0u;
+            a[i / 2][i % 2 * 2] = pair[4 * j + i] & 0xF0F0F0F0u;
+            a[i / 2][i % 2 * 2 + 1] = pair[4 * j + i] << 4 & 0xF0F0F0F0u;
         }
     }
 };
@@ -101,12 +94,13 @@ struct Bytes : HalfFactors {
     static constexpr bool AHEAD = false;
     static constexpr float UNITY = 1.0f;
 
-    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t (&words)[4 * VECTORS], int j, uint32_t) {
+    static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t* pair, int j, uint32_t) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = words[8 * j + i];
+        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = pair[8 * j + i];
     }
 };
 
+template <class Format> constexpr int PAIR_WORDS = Format::VECTORS;         // of a lane for two groups
 template <class Format> constexpr int UNIT_BYTES = TILE * (16 * Format::VECTORS + Format::ROW_BYTES);
 
 // A dot as float32: ``multiply_int8`` adds to START, the bits of a number whose last place is worth a dot of 1.

@@ -33,7 +33,7 @@ from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cac
 from llama_hpc.runtime.abort import agreed
 from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.binding import launch_table, launch_warnings, own_place
-from llama_hpc.runtime.devices import CPU, Choice, memory_of, open_device
+from llama_hpc.runtime.devices import CPU, Choice, memory_of, open_device, told
 from llama_hpc.runtime.gpus import GpuMonitor
 from llama_hpc.runtime.heartbeat import Heartbeat
 from llama_hpc.runtime.launch import fault_tolerant
@@ -240,7 +240,7 @@ class ModelJob:
         grid, checkpoint, weights = self.grid, self.checkpoint, None
         steps = loading_steps(checkpoint.config, self.weights, self.part, grid.stage_comm, packed=isinstance(checkpoint, Store))
         with (agreed(self.comm, "loading the weights"), Progress(steps, "tensors", "loading", show=self.show) as progress,
-              suppress(PeerFailed)):    # The rank that failed says why.
+              suppress(PeerFailed), told()):    # The rank that failed says why.
             weights = load_stage(checkpoint, self.weights, self.part, self.share, TensorReducer(grid.tensor_comm),
                                  grid.stage_comm, threads=self.threads, progress=progress.update, hashes=hashes,
                                  places=HostPlaces(self.pool) if self.gpu is None else DevicePlaces(self.gpu))
@@ -253,9 +253,9 @@ class ModelJob:
         config, rows = self.checkpoint.config, sizes["max_rows"]
         whose, settings = (config, self.part, self.share, weights), self.settings
         # Before anything that ranks make together, in which the others would wait for one that failed.
-        with agreed(self.comm, "making the KV cache"):
+        with agreed(self.comm, "making the KV cache"), told():
             cache = self._make_cache(whose, sizes["sequences"], sizes["max_seq_len"], sizes.pop("pages", None))
-        with agreed(self.comm, "preparing the reductions"):
+        with agreed(self.comm, "preparing the reductions"), told():
             if self.gpu is not None:
                 from llama_hpc.comm.device_exchange import choose_exchange
                 reducer = TensorReducer(self.grid.tensor_comm)
@@ -264,7 +264,7 @@ class ModelJob:
                 # Shared windows hold two regions of int64 sums and one of float32 rows.
                 reducer = self._reducer(self.grid.tensor_comm, rows * config.hidden_size * (2 * 8 + 4))
                 context = self._reducer(self.context_comm, rows * shared_bytes(config.head_dim, self.share))
-        with agreed(self.comm, "making the buffers"):
+        with agreed(self.comm, "making the buffers"), told():
             if self.gpu is not None:
                 from llama_hpc.model.device_stage import DeviceStage
                 return DeviceStage(*whose, reducer, self.gpu, cache=cache, exchange=exchange, **sizes)

@@ -6,6 +6,7 @@ first, so that a node without GPUs loads nothing.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +158,14 @@ def memory_of(choice: Choice, ranks_on_node: int, free: Callable[[int], int] | N
 def open_device(choice: Choice):
     """The GPU of a choice, a ``kernels.cuda.device.Device``. Raises DeviceUnavailable."""
     from llama_hpc.kernels.cuda.device import Device
-    try:
+    with told():
         return Device(choice.number)
+
+
+@contextmanager
+def told():
+    """Raises DeviceUnavailable for what kernels say of a device."""
+    try:
+        yield
     except DeviceError as error:
-        raise DeviceUnavailable(f"{choice.text} of {hostname()}: {error}") from None
+        raise DeviceUnavailable(f"{error} ({hostname()})") from None

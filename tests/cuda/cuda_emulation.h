@@ -58,20 +58,25 @@ struct Fiber {
     bool begun = false;
     std::vector<char> stack = std::vector<char>(1 << 16);
     bool ended = false;
-    long barriers = 0, exchanges = 0;           // how many it has come to
     int lane = 0, warp = 0;
     uint64_t slots[2][4] = {};                  // what it shows to its warp, in turns
     std::vector<Copy> copies;                   // not yet committed
     std::deque<std::vector<Copy>> groups;       // committed, not yet arrived
 };
 
+// Where all threads of a block, or of a warp, wait for each other.
+struct Meeting {
+    long passed = 0;                            // how often they have met
+    unsigned waiting = 0, ended = 0;            // threads that wait now, and threads that will never come again
+};
+
 struct Block {
     std::vector<Fiber> fibers;
+    Meeting meeting;
+    std::vector<Meeting> warps;
     void* scheduler[5];
     Fiber* current = nullptr;
     long events = 0;                            // how often a thread got further
-    long barriers = 0;                          // sums of those of all threads, and of a warp's
-    std::vector<long> exchanges;
     std::function<void()> body;
     std::vector<char> shared;
 };
@@ -102,25 +107,30 @@ inline void entry() {
     for (auto& group : block.current->groups)
         if (!group.empty()) fail("ends before its copies have arrived");
     block.current->ended = true;
+    block.meeting.ended++, block.warps[block.current->warp].ended++;
     block.events++;
     pause();
 }
 
-inline void barrier() {
-    long wanted = ++block.current->barriers * block.fibers.size();
+// Returns when all ``count`` threads are there.
+inline void meet(Meeting& meeting, unsigned count, const char* ended) {
+    long mine = meeting.passed + 1;
     block.events++;
-    // None gets to the next barrier before all have come to this one: the sum tells.
-    for (block.barriers++; block.barriers < wanted;) pause();
+    if (++meeting.waiting == count) meeting.waiting = 0, meeting.passed = mine;
+    while (meeting.passed < mine) {
+        if (meeting.ended) fail(ended);
+        pause();
+    }
 }
+
+inline void barrier() { meet(block.meeting, block.fibers.size(), "a thread has ended that others wait for"); }
 
 // Shows up to four words to the warp, and returns when all lanes have; ``lane`` tells what another one shows.
 inline int exchange(const uint64_t* words, int count) {
-    Fiber& self = *block.current;
-    int turn = ++self.exchanges % 2;
-    memcpy(self.slots[turn], words, 8 * count);
-    block.events++;
-    long &sum = block.exchanges[self.warp], wanted = self.exchanges * 32;
-    for (sum++; sum < wanted;) pause();
+    Meeting& warp = block.warps[block.current->warp];
+    int turn = (warp.passed + 1) % 2;
+    memcpy(block.current->slots[turn], words, 8 * count);
+    meet(warp, 32, "a lane has ended that its warp waits for");
     return turn;
 }
 
@@ -138,11 +148,10 @@ template <class T> T shuffle(unsigned mask, T value, int source) {
 inline void run_block(bool descending) {
     unsigned count = blockDim.x * blockDim.y * blockDim.z;
     block.fibers.resize(count);
-    block.barriers = 0;
-    block.exchanges.assign(count / 32, 0);
+    block.meeting = {}, block.warps.assign(count / 32, {});
     for (unsigned i = 0; i < count; i++) {
         Fiber& fiber = block.fibers[i];
-        fiber.ended = fiber.begun = false, fiber.barriers = fiber.exchanges = 0;
+        fiber.ended = fiber.begun = false;
         fiber.copies.clear(), fiber.groups.clear();
         fiber.lane = i % 32, fiber.warp = i / 32;
         getcontext(&fiber.context);
@@ -188,6 +197,14 @@ template <class... A> void launch(void (*kernel)(A...), dim3 grid, dim3 threads,
 }
 
 inline void* dynamic_shared() { return (void*)(((uintptr_t)block.shared.data() + 15) & ~(uintptr_t)15); }
+
+inline uint32_t shared_address(const void* where) { return (uint32_t)((const char*)where - block.shared.data()); }
+inline uint32_t load_shared(uint32_t address) {
+    uint32_t word;
+    if (address + 4 > block.shared.size()) fail("reads behind the shared memory");
+    memcpy(&word, block.shared.data() + address, 4);
+    return word;
+}
 
 inline uint4 aligned16(const void* where) {
     if ((uintptr_t)where % 16) fail("16 bytes are read from an address that is no multiple of 16");
@@ -305,6 +322,12 @@ inline long long __float2ll_rn(float value) { return std::isnan(value) ? 0 : std
 inline long long __double2ll_rn(double value) { return std::isnan(value) ? 0 : std::llrint(value); }
 inline double __ll2double_rn(long long value) { return (double)value; }
 inline float __double2float_rn(double value) { return (float)value; }
+inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
+    for (int i = 0; i < 4; i++) c += (a >> 8 * i & 255) * (b >> 8 * i & 255);
+    return c;
+}
+inline long long __double_as_longlong(double value) { long long bits; memcpy(&bits, &value, 8); return bits; }
+inline double __longlong_as_double(long long bits) { double value; memcpy(&value, &bits, 8); return value; }
 inline int __dp4a(int a, int b, int c) { return emulation::dot4(a, b, c); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     uint64_t bytes = x | (uint64_t)y << 32;
@@ -321,6 +344,7 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t by) {
 inline uint64_t __umul64hi(unsigned long long a, unsigned long long b) { return (uint64_t)((unsigned __int128)a * b >> 64); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
+inline int __clzll(long long value) { return value ? __builtin_clzll(value) : 64; }
 template <class T> T __ldg(const T* where) { return *where; }
 template <class T> T atomicAdd(T* where, T value) { T old = *where; *where = old + value; return old; }
 template <class T> T atomicOr(T* where, T value) { T old = *where; *where = old | value; return old; }

@@ -70,7 +70,7 @@ def quantized(weights_format):
     return weights_format not in ("f32", "f16")
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 17])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8, 9, 17])
 @pytest.mark.parametrize("weights_format", FORMATS)
 def test_sums(device, weights_format, count):
     outputs, columns, block = SHAPES[count % len(SHAPES)]
@@ -111,7 +111,10 @@ def test_parts_with_biases_and_added_outputs(device, weights_format):
 @pytest.mark.parametrize("weights_format", FORMATS)
 @pytest.mark.parametrize("outputs,block", [(96, 32), (160, 64), (288, 256), (40, 256)])
 def test_gated(device, weights_format, outputs, block):
-    x, biased = rows_of(3, 160), outputs == 40
+    check_gated(device, rows_of(3, 160), weights_format, outputs, block, outputs == 40)
+
+
+def check_gated(device, x, weights_format, outputs, block, biased):
     gate, up = (weights_of(weights_format, outputs, 160, 256, seed, 1) for seed in (1, 2))
     biases = [rows_of(1, outputs, 3)[0] if biased else None for _ in range(2)]
     g, u = (reference.finish(reference.matmul(x, w, 256)[1], bias)[1] for w, bias in zip((gate, up), biases, strict=True))
@@ -138,7 +141,8 @@ def ones(weights_format, outputs, columns):
                   np.full((outputs, blocks.groups), 4, np.uint8), np.full(outputs, 1 / 118, np.float16).view(np.uint16), codebook)
 
 
-@pytest.mark.parametrize("count,mode", [(1, products.FLOAT), (3, products.GATED), (9, products.ADD), (9, products.GATED)])
+@pytest.mark.parametrize("count,mode", [(1, products.FLOAT), (3, products.GATED), (9, products.ADD), (34, products.ADD),
+                                        (34, products.GATED)])
 @pytest.mark.parametrize("weights_format", FORMATS)
 def test_what_is_out_of_range_is_told(device, weights_format, count, mode):
     # Outputs beyond 2**20 of block values within 2**19; block values beyond; neither.
@@ -163,6 +167,32 @@ def test_what_is_not_finite_is_told(device, weights_format):
     case = Case(device, x, 256, quantized(weights_format), 0)
     found = case.run([weights_of(weights_format, 40, 96, 256)], products.FLOAT, [case.zeros(40)])
     assert found & (NOT_FINITE if quantized(weights_format) else OUT_OF_RANGE)
+
+
+@pytest.mark.parametrize("outputs,columns,block", SHAPES)
+@pytest.mark.parametrize("weights_format", ["q3_5", "q4", "q8"])
+def test_many_tokens(device, weights_format, outputs, columns, block):
+    count = {7: 130, 64: 127}.get(outputs, 33)
+    x, sizes = rows_of(count, columns), (outputs, 31, 70)
+    weights = [weights_of(weights_format, size, columns, block, seed) for seed, size in enumerate(sizes)]
+    biases = [rows_of(1, outputs)[0], None, None]
+    case = Case(device, x, block, True)
+    launches = getattr(device, "launches", None)
+    outs = [case.zeros(size) for size in sizes]
+    assert case.run(weights, products.FLOAT, outs, biases) == OK
+    assert launches is None or device.launches == launches + 1
+    for out, w, bias in zip(outs, weights, biases, strict=True):
+        assert case.fetched(out).tobytes() == reference.finish(reference.matmul(x, w, block)[1], bias)[1].tobytes()
+    if outputs == 33:
+        sums = case.zeros(outputs, np.int64)
+        assert case.run(weights[:1], products.SUMS, [sums]) == OK
+        assert np.array_equal(case.fetched(sums), reference.matmul(x, weights[0], block)[1])
+
+
+@pytest.mark.parametrize("weights_format", ["q3_5", "q4", "q8"])
+@pytest.mark.parametrize("outputs,block", [(96, 32), (40, 256)])
+def test_gated_many_tokens(device, weights_format, outputs, block):
+    check_gated(device, rows_of(35, 160), weights_format, outputs, block, True)
 
 
 def test_no_rows(device):
