@@ -119,12 +119,13 @@ extern "C" __global__ void __launch_bounds__(1024) choose_rows(
         Bins bins = {counts + number * BINS, weights, draw.min_p > 0 ? weights + BINS : weights};
         token = drawn(draw, Row(draw, adjusted + (int64)number * columns, columns, greatest), bins, s);
     }
+    int64 total = 0;
+    for (int i = threadIdx.x; i < raw_segments; i += blockDim.x) total += raw_totals[(int64)draw.row * raw_segments + i];
+    total = block_sum(total, s.warps);
+    float maximum = logit_of(greatest_of(raw_best + (int64)draw.row * raw_segments, raw_segments));
     if (threadIdx.x != 0) return;
     // Logits that are not finite have no draw; their status says so.
     if (token < 0) token = token_of(greatest);
     tokens[number] = token;
-    int64 total = 0;
-    for (int i = 0; i < raw_segments; i++) total += raw_totals[(int64)draw.row * raw_segments + i];
-    float maximum = logit_of(greatest_of(raw_best + (int64)draw.row * raw_segments, raw_segments));
     logprobs[number] = log_probability(logits[(int64)draw.row * columns + token], maximum, total);
 }

@@ -77,7 +77,7 @@ struct HalfFactors {
 // Values are decoded times 16, as the high halves of bytes.
 struct Nibbles : HalfFactors {
     static constexpr int VECTORS = 8;
-    static constexpr bool AHEAD = true;
+    static constexpr bool AHEAD = false;
     static constexpr float UNITY = 16.0f;
 
     static __device__ inline void decode(uint32_t (&a)[2][4], const uint32_t* pair, int j, uint32_t) {

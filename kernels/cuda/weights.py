@@ -91,6 +91,8 @@ def lay_out(part: Packed | np.ndarray, blocks: Blocks | None = None) -> HostWeig
     if not isinstance(part, Packed):
         data = _in_slabs(lambda rows: _floats(part[rows], blocks), len(part), blocks.size)
         return HostWeights("f32" if part.dtype == np.float32 else "f16", len(part), blocks, data)
+    if part.codebook is not None and part.codebook[0].any():
+        raise ValueError("the first pair of a codebook must be (0, 0): units are filled up with it")
     arrange = {"q3_5": _pairs, "q4": _nibbles, "q8": _bytes}[part.format]
     data = _in_slabs(lambda rows: arrange(part.codes[rows], part.scales[rows], blocks), part.n, blocks.size)
     scales = np.zeros(-(-part.n // TILE) * TILE, np.float32)

@@ -9,8 +9,6 @@ import signal
 import sys
 import time
 
-import psutil
-
 from llama_hpc.runtime import numba_setup
 from llama_hpc.runtime.launch import environment_rank
 
@@ -31,12 +29,6 @@ def raising(error):
     def fail():
         raise error
     return fail
-
-
-def launcher():
-    """The process of mpirun: that which has started this one or, with MPICH, its parent."""
-    parents = psutil.Process().parents()
-    return next(parent.pid for parent in parents if not parent.name().startswith("hydra_"))
 
 
 def signalling(process, *numbers):
@@ -70,8 +62,8 @@ FAULTS = {
     "killed in writing": (os, "replace", 2, KILLED),
     "killed in regrouping": (Survivors, "introduce", 2, KILLED),
     "interrupted twice": (*STEP, signalling(os.getpid, signal.SIGINT, signal.SIGINT)),
-    "interrupted mpirun": (*STEP, signalling(launcher, signal.SIGINT)),
-    "terminated mpirun": (*STEP, signalling(launcher, signal.SIGTERM)),
+    "interrupted mpirun": (*STEP, signalling(os.getppid, signal.SIGINT)),
+    "terminated mpirun": (*STEP, signalling(os.getppid, signal.SIGTERM)),
 }
 
 LASTING = ("disk full",)        # every call from the n-th on

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import mpi_jobs
 import pytest
 from damaged_models import Models
 
@@ -225,7 +226,8 @@ def test_one_line_and_nothing_left(mpirun, command, models, tmp_path, name, n):
     assert len(lines) == 1 and lines[0].startswith("llama-hpc: error: "), job.stdout + job.stderr
     for text in case.alone if n == 1 and case.alone else case.texts:
         assert text.replace("{n}", str(n)) in lines[0]
-    assert job.returncode == case.code
+    # Ranks that MPI has not joined are killed when the first leaves; of their codes mpiexec of MPICH may tell the last one.
+    assert job.returncode == case.code or (mpi_jobs.MPI == "mpich" and name in ALONE and n > 1 and job.returncode == 9)
     assert "Traceback" not in job.stderr
     assert contents(tmp_path) == {case.file: case.prompts}
 
@@ -256,7 +258,9 @@ def test_one_rank_that_fails_ends_all(mpirun, models, tmp_path, fault, n):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("fault", ["killed", "interrupted twice", "interrupted mpirun", "terminated mpirun"])
+# MPICH's mpiexec leaves it to the ranks what they do about its signals: they stop in order.
+@pytest.mark.parametrize("fault", ["killed", "interrupted twice", pytest.param("interrupted mpirun", marks=pytest.mark.openmpi),
+                                   pytest.param("terminated mpirun", marks=pytest.mark.openmpi)])
 def test_a_kill_or_a_second_interrupt_ends_all_and_leaves_no_file(mpirun, models, tmp_path, fault, n):
     job, _ = run_with_fault(mpirun, models, tmp_path, fault, n)
     assert job.returncode != 0

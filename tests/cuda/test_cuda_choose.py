@@ -23,7 +23,7 @@ def case(row, number=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penaltie
 
 
 def on_device(device, logits, cases, spare=1):
-    """Tokens and log-probabilities of the device."""
+    """Tokens, their log-probabilities, and the adjusted logits of the device."""
     count, size = logits.shape
     draws, lists = np.zeros(len(cases) + spare, DRAW), {"penalties": [], "biases": []}
     for draw, given in zip(draws, cases, strict=False):
@@ -47,7 +47,7 @@ def on_device(device, logits, cases, spare=1):
     choose(device, there, device.upload(draws.view(np.uint64).reshape(-1, DRAW_WORDS)), *columns("penalties", np.int32),
            *columns("biases", np.float32), best, totals, rows, len(draws), tokens, logprobs, scratch)
     assert not device.download(tokens)[len(cases) :].any() and device.download(there).tobytes() == logits.tobytes()
-    return device.download(tokens)[: len(cases)].tolist(), device.download(logprobs)[: len(cases)]
+    return [device.download(array)[: len(cases)] for array in (tokens, logprobs, scratch.adjusted)]
 
 
 def by_the_rule(logits, given):
@@ -58,15 +58,14 @@ def by_the_rule(logits, given):
         adjusted[token] += np.float32(bias)
     token = sampling.choose(adjusted, *given["settings"], philox(given["key"], (*given["counter"], 0, 0))[0])
     maximum, total = sampling.weigh(row, weights)
-    return token, log_probability(row[token], maximum, total)
+    return token, log_probability(row[token], maximum, total), adjusted
 
 
 def assert_same_choices(device, logits, cases):
-    tokens, logprobs = on_device(device, logits, cases)
-    expected = [by_the_rule(logits, given) for given in cases]
-    assert tokens == [token for token, _ in expected]
-    assert logprobs.tobytes() == np.array([logprob for _, logprob in expected], np.float32).tobytes()
-    return tokens
+    found = on_device(device, logits, cases)
+    for values, expected in zip(found, zip(*(by_the_rule(logits, given) for given in cases), strict=True), strict=True):
+        assert values.tobytes() == np.array(expected, values.dtype).tobytes()
+    return found[0].tolist()
 
 
 @pytest.mark.parametrize("size", [1, 7, 512])
@@ -78,8 +77,15 @@ def test_small_vocabularies(device, size):
 @pytest.mark.parametrize("size", [4097, 32000])
 def test_large_vocabularies(device, size):
     logits = rows_of_logits(size)
-    cases = [case(i % len(logits), i, **settings) for i, settings in enumerate(SETTINGS[::4])]
-    assert_same_choices(device, logits, cases)
+    assert_same_choices(device, logits, [case(i % len(logits), i, **settings) for i, settings in enumerate(SETTINGS)])
+
+
+@pytest.mark.parametrize("size", [128256, 262144])
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 5.0])
+def test_vocabularies_of_models(gpu, size, temperature):
+    logits = rows_of_logits(size)[:3]
+    cases = [case(i % 3, i, temperature, **settings) for i, settings in enumerate(SETTINGS * 2)]
+    assert_same_choices(gpu, logits, cases)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-38, 1e-12, 0.3, 2.7, 1e12, 1e39, 1.7976931348623157e308])
@@ -111,8 +117,18 @@ def test_penalties_and_biases(device):
         cases.append(case(number % 2, number, temperature, factors=factors, penalties=penalties,
                           biases=dict(biases).items(), top_p=0.95))
     assert_same_choices(device, logits, cases)
-    found, _ = on_device(device, logits, [case(0, penalties=[(5000, 3)], biases=[(9999, 8.0)], factors=(2.0, 1.0, 1.0))])
-    assert found == [by_the_rule(logits, case(0))[0]]
+    found = on_device(device, logits, [case(0, penalties=[(5000, 3)], biases=[(9999, 8.0)], factors=(2.0, 1.0, 1.0))])
+    assert [values[0] for values in found[:2]] == list(by_the_rule(logits, case(0))[:2])
+
+
+def test_top_p_at_the_exact_share(device):
+    """Weights 2**32 and 2**31. The first is short of the share by half a unit, or just enough."""
+    logits = np.array([[0, np.log(0.5)]], np.float32)
+    weights = np.empty(2, np.int64)
+    assert sampling.weigh(logits[0], weights)[1] == 3 << 31
+    short, enough = (2**33 + 1) // 3, (2**33 - 2) // 3
+    for share, reached in ((short, {0, 1}), (enough, {0})):
+        assert set(assert_same_choices(device, logits, [case(0, i, top_p=share / 2**32) for i in range(20)])) == reached
 
 
 def test_what_is_not_finite_ends(device):
@@ -120,5 +136,5 @@ def test_what_is_not_finite_ends(device):
     logits = rows_of_logits(600)
     logits[0] = np.nan
     logits[1, 5], logits[2, 7], logits[3] = np.nan, np.inf, -np.inf
-    tokens, _ = on_device(device, logits, [case(i % 4, i, **settings) for i, settings in enumerate(SETTINGS)])
+    tokens = on_device(device, logits, [case(i % 4, i, **settings) for i, settings in enumerate(SETTINGS)])[0].tolist()
     assert all(0 <= token < 600 for token in tokens)

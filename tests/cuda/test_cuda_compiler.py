@@ -1,5 +1,7 @@
 """Every kernel compiles, without a device, for the architectures that are supported; errors name file and line."""
 
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 
 from llama_hpc.kernels.cuda import compiler
@@ -8,10 +10,21 @@ pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
 SOURCES = sorted(name for name in compiler.sources() if name.endswith(".cu"))
 
 
-@pytest.mark.parametrize("architecture", [75, 80, 90, 100])
+ARCHITECTURES = 75, 80, 90, 100
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """All kernels for all architectures, two at a time."""
+    with ProcessPoolExecutor(2) as pool:
+        yield {(name, architecture): pool.submit(compiler.compile_source, name, architecture, use_cache=False)
+               for architecture in ARCHITECTURES for name in SOURCES}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", SOURCES)
-def test_compiles(name, architecture):
-    assert compiler.compile_source(name, architecture, use_cache=False).startswith(b"\x7fELF")
+def test_compiles(compiled, name, architecture):
+    assert compiled[name, architecture].result().startswith(b"\x7fELF")
 
 
 def test_what_was_compiled_is_kept_until_a_source_changes(tmp_path, monkeypatch):
