@@ -41,7 +41,7 @@ def prompts(tmp_path_factory):
 
 
 def arguments(model, prompts, output, *options):
-    return ["run", model, "--prompts", prompts, "--output", output, "--ignore-eos", "--max-tokens", 5, "--weights", "q3_5",
+    return ["run", model, "--prompts", prompts, "--output", output, "--ignore-eos", "--max-tokens", 5, "--weights", "q8",
             *options]
 
 
@@ -78,6 +78,6 @@ def test_tensor_ranks_of_one_group_are_of_one_kind(mpirun, model, prompts, on_cp
 
 
 def test_without_mpi_numba_and_hdf5(model, prompts, on_cpu):
-    job = subprocess.run([sys.executable, "-c", BLOCK, FOLDER / "standalone.py", model, "--weights", "q3_5", "--prompts", prompts,
+    job = subprocess.run([sys.executable, "-c", BLOCK, FOLDER / "standalone.py", model, "--weights", "q8", "--prompts", prompts,
                           "--max-tokens", "5", "--emulated"], capture_output=True, text=True, check=False, timeout=120)
     assert job.stdout.strip() == on_cpu, job.stderr
