@@ -4,7 +4,7 @@
 # make test-mpich    all tests that start MPI jobs, under MPICH
 # make test-faults   jobs that are killed, lose ranks, are preempted, … at random moments (tests/faults): hours on two cores
 # make test-layouts  every grid, format, batch size and MPI against one rank: more than half an hour on two cores
-# make test-gpu      the kernels for GPUs on a GPU, in place of the emulated one
+# make test-gpu      on a GPU: the kernels' tests on it in place of the emulated one, digests of models, speed against targets
 # make test-memory   the memory of every rank on a random model of 4.4 GB
 # make lint          ruff only
 # make clean         remove what these made
@@ -60,7 +60,7 @@ test-memory: $(VENV)/installed
 	$(BIN)/python tests/mpi/memory.py
 
 test-gpu: $(VENV)/gpu-installed
-	$(BIN)/python -m pytest --gpu tests/cuda
+	$(BIN)/python -m pytest --gpu tests/cuda; code=$$?; $(BIN)/python tests/cuda/measure.py && exit $$code
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

@@ -46,6 +46,12 @@ class AttentionSpeed:
         """What the target is for."""
         return self.copy_share if self.tokens == 1 else self.peak_share
 
+    @property
+    def claim(self) -> str:
+        """What the share is, in words."""
+        return (f"attention {self.case}, {self.heads} {self.kv_cache}, {self.batch}x{self.tokens} tokens at {self.positions}, of "
+                f"{'the bandwidth of copies' if self.tokens == 1 else 'the float32 peak'}")
+
     def as_row(self) -> tuple[str, ...]:
         return (self.case, self.kv_cache, self.heads, f"{self.batch}x{self.tokens}", str(self.positions),
                 f"{self.seconds * 1e6:.1f}", f"{self.gigabytes_per_second:.0f}", f"{self.copy_share:.3f}",

@@ -47,6 +47,11 @@ class DeviceSpeed:
         """What the target is for."""
         return self.limit_share
 
+    @property
+    def claim(self) -> str:
+        """What the share is, in words."""
+        return f"{self.model}, {self.layers} layers, {self.weights}, {self.case}, of what copies would take"
+
     def as_row(self) -> tuple[str, ...]:
         return (self.case, self.weights, self.kv_cache, f"{self.tokens_per_second:.1f}", f"{self.gigabytes_per_second:.0f}",
                 f"{self.limit_share:.3f}", f"{self.operations_per_second / 1e12:.1f}", f"{self.weight_bytes / 1e6:.0f}",

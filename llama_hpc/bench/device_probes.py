@@ -86,6 +86,12 @@ def verdict(share: float, target: float) -> str:
     return "" if not target else "REACHED" if share >= target else "MISSED"
 
 
+def outcome(found) -> str:
+    """A line that says whether a measurement's target was reached; empty where it has none."""
+    told = verdict(found.share, found.target)
+    return f"{told}: {found.claim}: {found.share:.3f}, target {found.target}" if told else ""
+
+
 def target_cells(share: float, target: float) -> tuple[str, str]:
     """The last two columns of a table."""
     return f"{target:.1f}" if target else "-", verdict(share, target)

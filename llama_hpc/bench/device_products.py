@@ -45,6 +45,12 @@ class ProductSpeed:
         """What the target is for."""
         return self.copy_share if self.tokens == 1 else self.bf16_share
 
+    @property
+    def claim(self) -> str:
+        """What the share is, in words."""
+        return (f"product of {self.tokens} token{'s' * (self.tokens > 1)}, {self.weights} {self.columns}x{self.rows}, of "
+                f"{'the bandwidth of copies' if self.tokens == 1 else 'cuBLAS bf16'}")
+
     def as_row(self) -> tuple[str, ...]:
         shares = (f"{share:.3f}" if share else "-" for share in (self.bf16_share, self.int8_share))
         return (self.weights, f"{self.columns}x{self.rows}", str(self.tokens), f"{self.seconds * 1e6:.1f}",

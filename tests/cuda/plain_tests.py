@@ -32,6 +32,21 @@ def _raises(kind: type[BaseException], match: str = ""):
         raise AssertionError(f"{kind.__name__} was not raised")
 
 
+class _Monkeypatch:
+    """Attributes that are others while a test runs."""
+
+    def __init__(self):
+        self._before = []
+
+    def setattr(self, target, name: str, value) -> None:
+        self._before.append((target, name, getattr(target, name)))
+        setattr(target, name, value)
+
+    def undo(self) -> None:
+        for target, name, value in reversed(self._before):
+            setattr(target, name, value)
+
+
 def use() -> None:
     """From here on ``import pytest`` is this."""
     sys.modules["pytest"] = SimpleNamespace(mark=SimpleNamespace(parametrize=_parametrize), raises=_raises)
@@ -41,14 +56,15 @@ def run(module, device, large: bool, over: Callable[[], bool], first_only: bool 
     """How many tests passed, failed, and were left out because time was ``over``. ``large``: also those that ask for a real GPU;
     ``first_only``: one case of each test. What fails is printed."""
     passed = failed = left = 0
-    for name, test in vars(module).items():
-        wanted = set(inspect.signature(test).parameters) if name.startswith("test_") and callable(test) else None
-        if wanted is None or ("gpu" in wanted and not large):
+    for test in [value for name, value in vars(module).items() if name.startswith("test_") and callable(value)]:
+        wanted = set(inspect.signature(test).parameters)
+        if "gpu" in wanted and not large:
             continue
         for case in itertools.islice(itertools.product(*getattr(test, "cases", [])), 1 if first_only else None):
             arguments = {key: value for part in case for key, value in part.items()}
-            arguments |= {fixture: device for fixture in ("device", "gpu") if fixture in wanted}
-            assert set(arguments) == wanted, f"{name} asks for {wanted - set(arguments)}"
+            fixtures = {"device": device, "gpu": device, "monkeypatch": (patch := _Monkeypatch())}
+            arguments |= {name: value for name, value in fixtures.items() if name in wanted}
+            assert set(arguments) == wanted, f"{test.__name__} asks for {wanted - set(arguments)}"
             if over():
                 left += 1
                 continue
@@ -57,6 +73,8 @@ def run(module, device, large: bool, over: Callable[[], bool], first_only: bool 
                 passed += 1
             except Exception:
                 failed += 1
-                shown = {key: value for key, value in arguments.items() if value is not device}
-                print(f"FAILED {name} {shown}\n{traceback.format_exc(limit=-3)}", flush=True)
+                shown = {key: value for key, value in arguments.items() if key not in fixtures}
+                print(f"FAILED {test.__name__} {shown}\n{traceback.format_exc(limit=-3)}", flush=True)
+            finally:
+                patch.undo()
     return passed, failed, left

@@ -93,6 +93,12 @@ def answer(stage: DeviceStage, prompts: list[list[int]], count: int) -> list[Out
     return outputs
 
 
+def read_prompts(path: Path) -> tuple[list[str], list[list[int]]]:
+    """Ids and tokens of the prompts of a file."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line["id"] for line in lines], [line["token_ids"] for line in lines]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -101,8 +107,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--emulated", action="store_true", help="without a GPU")
     options = parser.parse_args()
-    lines = [json.loads(line) for line in options.prompts.read_text().splitlines()]
-    prompts = [line["token_ids"] for line in lines]
+    ids, prompts = read_prompts(options.prompts)
     if options.emulated:
         from emulated_device import EmulatedDevice
         device = EmulatedDevice()
@@ -112,7 +117,7 @@ def main() -> None:
     longest = max(map(len, prompts))
     stage = make_stage(options.model, options.weights, device, len(prompts), longest + options.max_tokens,
                        max(longest, len(prompts)))
-    print(digest([line["id"] for line in lines], answer(stage, prompts, options.max_tokens)))
+    print(digest(ids, answer(stage, prompts, options.max_tokens)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from llama_hpc.kernels.cuda import products
 from llama_hpc.kernels.cuda.activations import Activation, quantize_rows, rms_norm
 from llama_hpc.kernels.cuda.kv_store import rotate_and_store
 from llama_hpc.kernels.cuda.weights import lay_out
-from llama_hpc.kernels.formats import Blocks, Packed
+from llama_hpc.kernels.formats import Blocks
 from llama_hpc.kernels.numerics import OK, PAGE, rope_table
 
 COUNTS = 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257
@@ -32,9 +32,7 @@ def check_products(device, weights_format, columns, counts):
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("weights_format", FORMATS)
 def test_products(gpu, weights_format, columns):
-    # The reference takes float weights one k after the other.
-    slow = columns > 4096 and not quantized(weights_format)
-    check_products(gpu, weights_format, columns, [count for count in COUNTS if count < 18 or not slow])
+    check_products(gpu, weights_format, columns, COUNTS)
 
 
 @pytest.mark.parametrize("weights_format", FORMATS)
@@ -65,10 +63,10 @@ def test_norm_and_quantisation(gpu, columns):
 @pytest.mark.parametrize("weights_format", FORMATS)
 def test_embedding(gpu, weights_format, columns):
     table, tokens = weights_of(weights_format, OUTPUTS, columns, 256), np.arange(257, dtype=np.int32) * 7 % 50
-    expected = reference.embedding(table if isinstance(table, Packed) else np.asarray(table), tokens, 3, OUTPUTS)
+    expected = reference.embedding(table, tokens, 0, OUTPUTS)
     held, there = lay_out(table, Blocks(columns, 256)).upload(gpu), gpu.upload(tokens)
     out, rows = gpu.zeros((257, columns), np.float32), gpu.upload(np.array([257], np.int32))
-    products.embedding(gpu, held, there, 3, OUTPUTS, rows, 257, out)
+    products.embedding(gpu, held, there, 0, OUTPUTS, rows, 257, out)
     assert gpu.download(out).tobytes() == expected.tobytes()
 
 
