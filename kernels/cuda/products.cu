@@ -4,7 +4,8 @@
 // a table to look up codes lies in shared memory. All warps of the grid share the units of all tiles evenly.
 #include "products.cuh"
 
-constexpr int THREADS = 512;               // one block of a multiprocessor, 128 registers of a thread
+// One block of a multiprocessor: 128 registers of a thread, or 168.
+constexpr int threads_for(int tokens) { return tokens < 8 ? 512 : 384; }
 
 // How lanes share the dots of 32 rows and up to 8 tokens. With few tokens the columns of ``b`` repeat them, so that all lanes of a
 // quad get the same dots, and each keeps the float chains of its own rows: ROWS of them, CHAINS tokens each.
@@ -145,7 +146,7 @@ template <class Format, int TOKENS> struct Multiplier {
 // Grid: see ``Division``. Tokens from ``first`` on, as many as there are, up to TOKENS.
 #define KERNEL(name, Format, TOKENS)                                                                                             \
     extern "C" __global__ void                                                                                                   \
-    __launch_bounds__(THREADS, 1) name(                                                                                          \
+    __launch_bounds__(threads_for(TOKENS), 1) name(                                                                              \
             PARTS, int start1, int start2, int mode, GATED_ARGUMENTS, int64* sums, int* arrived, const int* rows, int first,     \
             int* status, const int8_t* x, const float* scales, int groups, int per_unit, int ends) {                             \
         Inputs in{x, scales, groups, per_unit, ends, first, min(*rows, first + TOKENS)};                                         \
