@@ -50,7 +50,7 @@ template <class T> struct Plain {
     static __device__ inline float as_float(uint16_t bits) { return half_value(bits); }
 };
 
-// out [rows, columns] = row tokens[r] - first of a table of ``held`` rows, as float32; zeros where that is none of them. Grid: rows.
+// out [rows, columns] = row tokens[r] - first of a table of ``held`` rows, as float32; zeros where it is none of them. Grid: rows.
 #define KERNEL(name, Kind)                                                                                                   \
     extern "C" __global__ void                                                                                               \
     __launch_bounds__(THREADS) name(const unsigned char* data, const int* tokens, int first, int held, const int* rows,      \

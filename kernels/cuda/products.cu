@@ -1,13 +1,14 @@
 // Products y = x W^T of quantised weights and a few tokens: bound by the memory that weights come from.
 //
-// A warp multiplies 32 rows with up to 8 tokens on integer tensor cores, group by group, on the way from memory to registers; only
-// a table to look up codes lies in shared memory. All warps of the grid share the units of all tiles evenly.
+// A warp multiplies 32 rows with up to 8 tokens on integer tensor cores, group by group, straight from registers; only a table
+// to look up codes lies in shared memory. All warps of the grid share the units of all tiles evenly.
 #include "products.cuh"
 
-constexpr int THREADS = 512;               // one block of a multiprocessor, 128 registers of a thread
+// One block of a multiprocessor: 128 registers of a thread, or 168.
+constexpr int threads_for(int tokens) { return tokens < 8 ? 512 : 384; }
 
-// How lanes share the dots of 32 rows and up to 8 tokens. With few tokens the columns of ``b`` repeat them, so that all lanes of a
-// quad get the same dots, and each keeps the float chains of its own rows: ROWS of them, CHAINS tokens each.
+// How lanes share the dots of 32 rows and up to 8 tokens. With few tokens the columns of ``b`` repeat them, so that all lanes of
+// a quad get the same dots, and each keeps the float chains of its own rows: ROWS of them, CHAINS tokens each.
 template <int TOKENS> struct Share {
     static constexpr int ROWS = TOKENS == 8 ? 4 : TOKENS == 4 ? 2 : 1, CHAINS = TOKENS == 1 ? 1 : 2;
 
@@ -30,8 +31,8 @@ struct Inputs {
     int first, last;                                    // tokens first ... last - 1
 };
 
-// How a warp of ``share_units`` multiplies. A unit is fetched, while another one is multiplied if the format goes AHEAD, then taken
-// and added.
+// How a warp of ``share_units`` multiplies. A unit is fetched, while another one is multiplied if the format goes AHEAD, then
+// taken and added.
 template <class Format, int TOKENS> struct Multiplier {
     typedef Share<TOKENS> S;
     typedef typename Format::Factors Factors;
@@ -84,7 +85,8 @@ template <class Format, int TOKENS> struct Multiplier {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) factors[r] = fetched_factors[r];
     }
-    template <int N> static __device__ inline void load(uint32_t (&words)[N], Factors (&factors)[ROWS], const unsigned char* from) {
+    template <int N>
+    static __device__ inline void load(uint32_t (&words)[N], Factors (&factors)[ROWS], const unsigned char* from) {
         int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < N / 4; i++) {
@@ -145,14 +147,15 @@ template <class Format, int TOKENS> struct Multiplier {
 // Grid: see ``Division``. Tokens from ``first`` on, as many as there are, up to TOKENS.
 #define KERNEL(name, Format, TOKENS)                                                                                             \
     extern "C" __global__ void                                                                                                   \
-    __launch_bounds__(THREADS, 1) name(                                                                                          \
+    __launch_bounds__(threads_for(TOKENS), 1) name(                                                                              \
             PARTS, int start1, int start2, int mode, GATED_ARGUMENTS, int64* sums, int* arrived, const int* rows, int first,     \
             int* status, const int8_t* x, const float* scales, int groups, int per_unit, int ends) {                             \
         Inputs in{x, scales, groups, per_unit, ends, first, min(*rows, first + TOKENS)};                                         \
         if (in.first >= in.last) return;                                                                                         \
         Division division(PARTS_GIVEN, start1, start2, mode);                                                                    \
         Multiplier<Format, TOKENS> multiplier(in, (groups + per_unit - 1) / per_unit);                                           \
-        share_units(division, multiplier, multiplier.units, in.first, in.last, mode, GATED_GIVEN, Meeting{sums, arrived}, status);\
+        share_units(division, multiplier, multiplier.units, in.first, in.last, mode, GATED_GIVEN,                                \
+                    Meeting{sums, arrived}, status);                                                                             \
     }
 
 KERNEL(q3_5_for_1, Pairs, 1)

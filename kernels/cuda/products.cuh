@@ -93,8 +93,8 @@ __device__ inline bool arrive(int* arrived, int units, int all) {
     return last;
 }
 
-// What this block does: it is number ``block`` of ``blocks`` that share a part, whose first tile is ``tile0`` of all. Part 1 begins
-// at block ``start1`` and part 2 at ``start2``; with GATED all blocks share parts 0 and 1, gate and up.
+// What this block does: it is number ``block`` of ``blocks`` that share a part, whose first tile is ``tile0`` of all. Part 1
+// begins at block ``start1`` and part 2 at ``start2``; with GATED all blocks share parts 0 and 1, gate and up.
 struct Division {
     Part part, second;
     int block, blocks, tile0;
@@ -127,8 +127,9 @@ struct Place {
     }
 };
 
-// Multiplies all tiles of a part, or of gate and up, with tokens first ... last - 1, FEW at most. Warps take equal numbers of units,
-// in the order of tiles, so that most of what a warp reads is in a row; with GATED those of a gate's tile come before those of up's.
+// Multiplies all tiles of a part, or of gate and up, with tokens first ... last - 1, FEW at most. Warps take equal numbers of
+// units, in the order of tiles, so that most of what a warp reads is in a row; with GATED those of a tile of gate come before
+// those of up.
 template <class Multiplier> __device__ inline void share_units(
         const Division& division, Multiplier& multiplier, int units, int first, int last, int mode, const Gated& gated,
         const Meeting& meeting, int* status) {

@@ -20,7 +20,7 @@ _MANY_TOKENS, _MANY_THREADS = 128, 256
 # Shared memory that a block may have, by architecture.
 _SHARED_BYTES, _LEAST_SHARED = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}, 64 << 10
 # Blocks of a multiprocessor and threads of a block, of kernels for 1, 2, 4 and 8 tokens: as their registers allow.
-_SHAPES = {"integers": ((1, 512),) * 4, "floats": ((4, 256), (4, 256), (3, 256), (2, 256))}
+_SHAPES = {"integers": ((1, 512), (1, 512), (1, 512), (1, 384)), "floats": ((4, 256), (4, 256), (3, 256), (2, 256))}
 
 
 @dataclass(frozen=True)

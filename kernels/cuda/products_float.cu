@@ -23,7 +23,7 @@ struct Halves {
     static __device__ inline void decode(float (&w)[COUNT], const uint4& v) {
         uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int i = 0; i < 4; i++) w[2 * i] = half_value((uint16_t)words[i]), w[2 * i + 1] = half_value((uint16_t)(words[i] >> 16));
+        for (int i = 0; i < 8; i++) w[i] = half_value((uint16_t)(words[i / 2] >> i % 2 * 16));
     }
 };
 

@@ -1,9 +1,9 @@
-// Products y = x W^T of quantised weights and many tokens: bound by the instructions of the float chains, three for each output of
-// a group, twelve for each instruction of the tensor cores.
+// Products y = x W^T of quantised weights and many tokens: bound by the instructions of the float chains, three for each output
+// of a group, twelve for each instruction of the tensor cores.
 //
-// A block multiplies two tiles of 32 rows (with GATED one of gate and one of up) with 128 tokens, a warp one tile with 32. Unit by
-// unit the warps of a tile decode its groups once into fragments in shared memory; then each multiplies them with its tokens, while
-// the next unit's codes and activations are copied. Chains and sums stay in registers.
+// A block multiplies two tiles of 32 rows (with GATED one of gate and one of up) with 128 tokens, a warp one tile with 32. Unit
+// by unit the warps of a tile decode its groups once into fragments in shared memory; then each multiplies them with its tokens,
+// while the next unit's codes and activations are copied. Chains and sums stay in registers.
 #include "products.cuh"
 
 constexpr int THREADS = 256, TOKENS = 128, ROW_WARPS = 2, TOKEN_WARPS = 4, COLUMNS = 4;         // 8 tokens each, of a warp

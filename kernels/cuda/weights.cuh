@@ -34,8 +34,9 @@ __device__ inline void fill_table(const uint16_t* codebook, int number) {
 
 // Each format: how many vectors a unit has of codes, bytes of its factors, shared memory for its tables; UNITY is what dots are
 // multiples of. ``decode`` gives two fragments, of the upper and the lower half of the tile, of the first or second of two groups
-// from the words of both; ``place`` is where in shared memory a lane's words of the table begin. ``Factors`` are those of a row, ``of`` the one of group j, for a warp together. AHEAD: registers
-// hold the codes of one unit more, which are loaded while others are multiplied.
+// from the words of both; ``place`` is where in shared memory a lane's words of the table begin. ``Factors`` are those
+// of a row, ``of`` the one of group j, for a warp together. AHEAD: registers hold the codes of one unit more, which are loaded
+// while others are multiplied.
 struct Pairs {
     static constexpr int VECTORS = 7, ROW_BYTES = 4, SHARED = TABLE_BYTES;
     static constexpr bool AHEAD = true;

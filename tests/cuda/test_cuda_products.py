@@ -46,7 +46,7 @@ class Case:
         self.rows, self.status = (device.upload(np.array([value], np.int32)) for value in (self.count, OK))
         if quantized:
             quantize_rows(device, self.activation, self.rows, self.most, self.status)
-        self.scratch = Scratch(device, 1024)
+        self.scratch = Scratch(device, 2048)
 
     def run(self, weights, mode, outs, biases=(None, None, None), gated=None):
         parts = [Part(lay_out(w, Blocks(self.x.shape[1], self.block)).upload(self.device), out,
@@ -189,10 +189,32 @@ def test_many_tokens(device, weights_format, outputs, columns, block):
         assert np.array_equal(case.fetched(sums), reference.matmul(x, weights[0], block)[1])
 
 
+def test_many_tokens_where_blocks_have_little_shared_memory(device, monkeypatch):
+    monkeypatch.setattr(device, "architecture", 75)
+    x, weights = rows_of(35, 96), weights_of("q3_5", 40, 96, 32)
+    case = Case(device, x, 32, True)
+    launches = getattr(device, "launches", None)
+    assert case.run([weights], products.SUMS, [out := case.zeros(40, np.int64)]) == OK
+    assert launches is None or device.launches == launches + 5
+    assert np.array_equal(case.fetched(out), reference.matmul(x, weights, 32)[1])
+
+
 @pytest.mark.parametrize("weights_format", ["q3_5", "q4", "q8"])
 @pytest.mark.parametrize("outputs,block", [(96, 32), (40, 256)])
 def test_gated_many_tokens(device, weights_format, outputs, block):
     check_gated(device, rows_of(35, 160), weights_format, outputs, block, True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 31, 64, 257])
+@pytest.mark.parametrize("outputs,columns,block", [(64, 172, 64), (1024, 576, 256), (320, 4096, 256), (100, 28672, 256)])
+@pytest.mark.parametrize("weights_format", FORMATS)
+def test_large_shapes(gpu, weights_format, outputs, columns, block, count):
+    x, w = rows_of(count, columns), weights_of(weights_format, outputs, columns, block, scale=0.01)
+    case = Case(gpu, x, block, quantized(weights_format))
+    outs = [case.zeros(size) for size in (outputs, outputs)]
+    assert case.run([w, w], products.FLOAT, outs) == OK
+    _, expected = reference.finish(reference.matmul(x, w, block)[1])
+    assert [case.fetched(out).tobytes() == expected.tobytes() for out in outs] == [True, True]
 
 
 def test_no_rows(device):
