@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from llama_hpc.kernels.cpu.sampling import weigh
 from llama_hpc.kernels.numerics import log_probability
 from llama_hpc.kernels.sampling import adjust, choose, largest, philox, request_key
 from llama_hpc.results.schema import Output
+
+if TYPE_CHECKING:
+    from llama_hpc.model.device_draws import Draw
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Answer:
             ids = largest(logits, params.logprobs)
             self._top_tokens.append(ids)
             self._top_logprobs.append([log_probability(logit, maximum, total) for logit in logits[ids]])
+        return self.take(token, logprob)
+
+    def take(self, token: int, logprob: np.float32) -> int:
+        """Notes a token that was chosen, and whether the answer ends with it; returns it."""
+        params = self.request.params
         if not self.tokens:
             self._first_token = time.monotonic()
         self.tokens.append(token)
@@ -72,6 +81,24 @@ class Answer:
         elif len(self.tokens) >= self.request.limit:
             self.finish_reason = "length"
         return token
+
+    def draw(self, row: int) -> "Draw":
+        """What the next token is chosen by, for a device whose logits have it in ``row``."""
+        from llama_hpc.model.device_draws import Draw
+        params = self.request.params
+        biases = dict(params.logit_bias or {})
+        if len(self.tokens) < params.min_tokens:
+            biases |= dict.fromkeys(self._ends, -np.inf)
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        return Draw(row, params.temperature, params.top_k, params.top_p, params.min_p, self._key, (self.sample, len(self.tokens)),
+                    *penalties, self._occurrences() if params.penalizes else {}, biases)
+
+    def _occurrences(self) -> dict[int, int]:
+        """How often the answer has each token of prompt and answer."""
+        if not self.tokens:
+            # Not before: many samples may be waiting.
+            self._counts = dict.fromkeys(self.request.prompt.tolist(), 0)
+        return self._counts
 
     def _choose(self, logits: np.ndarray) -> int:
         """A token for raw logits float32 [V], which are left as they are."""
@@ -86,11 +113,9 @@ class Answer:
             return logits
         logits = logits.copy()
         if params.penalizes:
-            if not self.tokens:
-                # Not before: many samples may be waiting.
-                self._counts = dict.fromkeys(self.request.prompt.tolist(), 0)
-            adjust(logits, _integers(self._counts), _integers(self._counts.values()), params.repetition_penalty,
-                   params.frequency_penalty, params.presence_penalty)
+            counts = self._occurrences()
+            adjust(logits, _integers(counts), _integers(counts.values()), params.repetition_penalty, params.frequency_penalty,
+                   params.presence_penalty)
         if params.logit_bias:
             logits[_integers(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)
         if early:

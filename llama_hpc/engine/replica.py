@@ -107,26 +107,36 @@ class Replica(StepLoop):
         """Leader: the requests that it is answering."""
         return list(self._samples_left)
 
-    def look(self, planned: list[Sequence]) -> tuple[list[Sequence], list[int], np.ndarray]:
-        """The sequences, the places of those that need whole rows of logits, and these."""
+    def look(self, planned: list[Sequence]) -> tuple[list[Sequence], dict[int, tuple[int, np.float32]], dict[int, np.ndarray]]:
+        """The sequences, by place the token and log-probability that a device has chosen, and whole rows of logits where the host
+        chooses."""
         wanted = [i for i, sequence in enumerate(planned) if self._needs_logits(sequence)]
-        return planned, wanted, self.gather.rows(wanted)
+        drawn = {}
+        # What is not finite is no distribution.
+        if self.stage.draws is not None and not self.stage.faults.code:
+            by_device = [i for i in wanted if not self.requests[planned[i].request].params.logprobs]
+            if by_device:
+                draws = [self.answers[planned[i].request, planned[i].sample].draw(i) for i in by_device]
+                drawn = dict(zip(by_device, zip(*self.stage.draws.choose(draws), strict=True), strict=True))
+            wanted = [i for i in wanted if i not in drawn]
+        # Rows come to tensor rank 0 only.
+        return planned, drawn, dict(zip(wanted, self.gather.rows(wanted), strict=False))
 
     def _needs_logits(self, sequence: Sequence) -> bool:
         """Whether the token that a sequence waits for takes its row of logits; all ranks see the same state of it."""
         request = self.requests[sequence.request]
         return request.params.needs_logits(sequence.known - len(request.prompt))
 
-    def decide(self, outcome: Outcome, fault: int, found: tuple[list[Sequence], list[int], np.ndarray] | None) -> None:
+    def decide(self, outcome: Outcome, fault: int, found: tuple[list[Sequence], dict, dict] | None) -> None:
         """Chooses tokens, ends sequences, admits requests."""
         if found and not fault:
-            chosen, wanted, logits = found
+            chosen, drawn, rows = found
             self._generated += len(chosen)
-            rows = dict(zip(wanted, logits, strict=True))
             likeliest = zip(chosen, *self.gather.likeliest(len(chosen)), strict=True)
             for i, (sequence, token, maximum, total) in enumerate(likeliest):
                 answer = self.answers[sequence.request, sequence.sample]
-                outcome.token[i] = answer.extend(int(token), maximum, int(total), rows.get(i))
+                outcome.token[i] = (answer.take(int(drawn[i][0]), drawn[i][1]) if i in drawn
+                                    else answer.extend(int(token), maximum, int(total), rows.get(i)))
                 outcome.done[i] = bool(answer.finish_reason)
                 if answer.finish_reason:
                     self._finish(sequence, answer)

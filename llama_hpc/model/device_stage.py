@@ -20,6 +20,7 @@ from llama_hpc.kernels.sampling import SEGMENT
 from llama_hpc.model import rope
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.device_cache import DeviceCache
+from llama_hpc.model.device_draws import DeviceDraws
 from llama_hpc.model.faults import Faults
 from llama_hpc.model.shares import VOCABULARY_TILE, StageShare, TensorShare
 
@@ -74,6 +75,9 @@ class DeviceStage:
         self.status = device.zeros((max(1, len(self._names)),), np.int32)
         self._found = device.pinned((max(1, len(self._names)),), np.int32)
         self._recorded: dict[Bounds, list[Any]] = {}
+        # Where a rank has all logits, tokens are chosen beside them.
+        whole = stage.last and reducer.size == 1
+        self.draws = DeviceDraws(device, self._logits, self._best, self._totals) if whole else None
         self._place = 0
 
     # What the engine asks of a stage.
@@ -103,9 +107,10 @@ class DeviceStage:
         return self._host_logits
 
     def work(self) -> dict[str, str | int | float]:
-        """What was joined over the tensor group and how, and how many steps were replayed."""
+        """What was joined over the tensor group and how, how many steps were replayed, and tokens chosen on the device."""
         chosen = {} if self.exchange is None else {"reduce": self.exchange.name}
-        return self.reducer.work() | chosen | {"replayed_steps": self.replayed_steps}
+        return self.reducer.work() | chosen | {"replayed_steps": self.replayed_steps,
+                                                   "device_draws": self.draws.count if self.draws else 0}
 
     @property
     def joining(self) -> list[np.ndarray]:

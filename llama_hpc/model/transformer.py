@@ -151,6 +151,8 @@ class TransformerStage:
     ``context``: what joins over the ranks that deal out positions, where the share says that there are several.
     """
 
+    draws = None                # tokens are chosen on the host
+
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
                  pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
                  kv_cache: str | None = None, schedule: str = "steal", spread_from: int = 0, overlap_from: int = 0,

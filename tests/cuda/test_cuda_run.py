@@ -69,6 +69,26 @@ def test_any_ranks_may_be_gpus(mpirun, model, prompts, on_cpu, tmp_path, gpus, g
             assert (ranks[i]["reductions"] > 0 and ranks[i]["reduce"] == "staged") == (grid == "1x1x2")
 
 
+def test_tokens_are_chosen_on_the_device(command, mpirun, model, prompts, tmp_path):
+    """With every setting that counts, at once; the likeliest tokens are for the host."""
+    lines = [json.loads(line) for line in prompts.read_text().splitlines()]
+    settings = ({"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}, {"min_tokens": 4},
+                {"temperature": 1.5, "presence_penalty": 0.5, "logit_bias": {"7": 5.0, "9": -1.0}},
+                {"temperature": 0.7, "logprobs": 2})
+    mixed = tmp_path / "mixed.jsonl"
+    lines = [line | {"sampling": chosen} for line, chosen in zip(lines, settings, strict=True)]
+    mixed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    digests = []
+    for name, job in (("cpu", command), ("gpu", mpirun)):
+        argv = arguments(model, mixed, tmp_path / f"{name}.h5")
+        found = job(1, argv if name == "cpu" else [FOLDER / "emulated_run.py", "0", *argv])
+        assert found.returncode == 0, found.stderr
+        with read_results(tmp_path / f"{name}.h5") as results:
+            digests.append(results.digest)
+    with read_results(tmp_path / "gpu.h5") as results:
+        assert digests[0] == digests[1] and results.provenance["rank_table"][0]["device_draws"] == 14
+
+
 def test_tensor_ranks_of_one_group_are_of_one_kind(mpirun, model, prompts, on_cpu, tmp_path):
     argv = arguments(model, prompts, tmp_path / "out.h5", "--grid", "1x1x2")
     job = mpirun(2, [FOLDER / "emulated_run.py", "1", *argv])
