@@ -32,6 +32,8 @@ def operations_per_second(device, kind: str, columns: int, rows: int, tokens: in
     """Of x Wᵀ with random x [tokens, columns] and W [rows, columns], as many W as exceed the cache; 0 where CuPy has no cuBLAS,
     or that has no such product. ``lead`` keeps the device busy (see ``Device.seconds``)."""
     kind = KINDS[kind]
+    if not hasattr(device, "stream"):       # an emulated one
+        return 0.0
     try:
         import cupy
         from cupy_backends.cuda.libs import cublas

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_hpc.bench.device_probes import DeviceProbes, captured, copies_for, repeated, seconds_of, target_cells
+from llama_hpc.bench.device_probes import Captured, DeviceProbes, copies_for, repeated, target_cells
 from llama_hpc.bench.errors import BenchmarkError
 from llama_hpc.kernels.cuda.activations import Activation
 from llama_hpc.kernels.cuda.attention import Scratch, attention, most_blocks
@@ -98,7 +98,7 @@ class DeviceAttention:
         operations, found, nominal = 4.0 * self.batch * self.heads * self.head_dim * visible, [], self.probes.nominal_peak
         for _ in range(rounds):
             bandwidth, peak = self.probes.bandwidth(), self.probes.peak()
-            seconds = seconds_of(self.device, recorded) / len(self.cache.keys)
+            seconds = recorded.seconds() / len(self.cache.keys)
             found.append((seconds, self.nbytes / seconds / 1e9, self.nbytes / seconds / bandwidth, operations / seconds,
                           operations / seconds / nominal, operations / seconds / peak))
         full = self.positions >= POSITIONS
@@ -107,7 +107,7 @@ class DeviceAttention:
                               f"{self.heads}/{self.kv_heads}x{self.head_dim}", self.batch, self.positions, tokens,
                               *map(statistics.median, zip(*found, strict=True)), target)
 
-    def _record(self, tokens: int):
+    def _record(self, tokens: int) -> Captured:
         device, rows = self.device, self.batch * tokens
         q = np.random.default_rng(4).standard_normal((rows, self.heads * self.head_dim), np.float32)
         sequences = np.repeat(np.arange(self.batch, dtype=np.int32), tokens)
@@ -125,7 +125,7 @@ class DeviceAttention:
                                      kv_heads=self.kv_heads, head_dim=self.head_dim, window=0, scale=self.head_dim**-0.5,
                                      target=target, rows=count, most=rows, most_positions=self.positions, scratch=scratch,
                                      status=status, longest=tokens, **self.cache.pools(layer))
-        recorded = captured(device, *map(launch, range(len(self.cache.keys))))
+        recorded = Captured(device, *map(launch, range(len(self.cache.keys))))
         if device.download(status)[0]:
             raise BenchmarkError("attention of random keys and values was out of range")
         return recorded

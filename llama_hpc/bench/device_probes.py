@@ -13,25 +13,28 @@ STEPS = 1 << 16
 _WIDE = 75, 80                  # architectures with 64 float32 lanes in a multiprocessor; others have 128
 
 
-def seconds_of(device, recorded, least: float | None = None) -> float:
-    """How long a replay of what was captured takes, of as many as take ``least`` seconds (LEAST_SECONDS) together."""
-    def run() -> None:
-        device.replay(recorded)
-    run()
-    first = device.seconds(run)
-    times = max(1, min(1000, round((LEAST_SECONDS if least is None else least) / max(first, 1e-6))))
-    return device.seconds(run, times) / times
+class Captured:
+    """Launches that were run once, as kernels are loaded at their first one, and captured as one graph. Keeps what they hold."""
 
-
-def captured(device, *launches: Callable[[], None]) -> list:
-    """These launches, run once, as kernels are loaded at their first one, and captured."""
-    for launch in launches:
-        launch()
-    device.synchronize()
-    with device.capture() as recorded:
+    def __init__(self, device, *launches: Callable[[], None]):
+        self._device, self._launches = device, launches
         for launch in launches:
             launch()
-    return recorded
+        device.synchronize()
+        with device.capture() as self._recorded:
+            for launch in launches:
+                launch()
+
+    def run(self) -> None:
+        """Replays them."""
+        self._device.replay(self._recorded)
+
+    def seconds(self) -> float:
+        """How long a replay takes, of as many as take LEAST_SECONDS together."""
+        self.run()
+        first = self._device.seconds(self.run)
+        times = max(1, min(1000, round(LEAST_SECONDS / max(first, 1e-6))))
+        return self._device.seconds(self.run, times) / times
 
 
 def copies_for(device, nbytes: int) -> int:
@@ -59,20 +62,20 @@ class DeviceProbes:
         size = min(COPY_BYTES, device.free_bytes() // 16)
         source, target = (device.zeros((size,), np.uint8) for _ in range(2))
         self._bytes, self.copy = 2 * size, lambda: device.copy(source, target)
-        self._copying = captured(device, self.copy)
+        self._copying = Captured(device, self.copy)
         out = device.zeros((probes.threads_of(device),), np.float32)
-        self._computing = captured(device, lambda: self._count(probes.multiply_add(device, STEPS, out)))
+        self._computing = Captured(device, lambda: self._count(probes.multiply_add(device, STEPS, out)))
 
     def _count(self, operations: int) -> None:
         self._operations = operations
 
     def bandwidth(self) -> float:
         """Bytes a second of a copy in the device's memory: those read and those written."""
-        return self._bytes / seconds_of(self._device, self._copying)
+        return self._bytes / self._copying.seconds()
 
     def peak(self) -> float:
         """Operations a second on float32 in registers; a multiply-add counts as two."""
-        return self._operations / seconds_of(self._device, self._computing)
+        return self._operations / self._computing.seconds()
 
     @property
     def nominal_peak(self) -> float:

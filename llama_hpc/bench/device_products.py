@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_hpc.bench import cublas
-from llama_hpc.bench.device_probes import DeviceProbes, captured, copies_for, repeated, seconds_of, target_cells
+from llama_hpc.bench.device_probes import Captured, DeviceProbes, copies_for, repeated, target_cells
 from llama_hpc.bench.errors import BenchmarkError
 from llama_hpc.bench.random_rows import RandomRows
 from llama_hpc.kernels.cuda import products
@@ -106,13 +106,13 @@ class DeviceProducts:
         if first.quantized:
             quantize_rows(device, x, count, tokens, status)
         out = device.zeros((tokens, self.rows), np.float32)
-        recorded = captured(device, *(self._launch(x, Part(w, out), count, tokens, status) for w in self._weights))
+        recorded = Captured(device, *(self._launch(x, Part(w, out), count, tokens, status) for w in self._weights))
         if device.download(status)[0]:
             raise BenchmarkError("a product of random weights was out of range")
         found = []
         for _ in range(rounds):
             bandwidth = self.probes.bandwidth()
-            seconds = seconds_of(device, recorded) / len(self._weights)
+            seconds = recorded.seconds() / len(self._weights)
             found.append((seconds, first.nbytes / seconds / 1e9, first.nbytes / seconds / bandwidth,
                           2 * tokens * self.rows * self.columns / seconds))
         seconds, gigabytes, share, speed = map(statistics.median, zip(*found, strict=True))
