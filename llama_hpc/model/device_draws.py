@@ -35,10 +35,11 @@ class DeviceDraws:
 
     def __init__(self, device, logits, best, totals):
         self._device, self._given, self.count = device, (logits, best, totals), 0
-        most, columns = logits.shape
+        most = len(logits)
         self._draws, self._rows = device.zeros((most, DRAW_WORDS), np.uint64), device.zeros((1,), np.int32)
         self._tokens, self._logprobs = device.zeros((most,), np.int32), device.zeros((most,), np.float32)
-        self._scratch = sampling.Scratch(device, most, columns)
+        # As large as the logits: made for the first draw, which greedy answers and scores never make.
+        self._scratch: sampling.Scratch | None = None
         self._lists = [device.zeros((1,), dtype) for dtype in (np.int32, np.int32, np.int32, np.float32)]
 
     def choose(self, draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray]:
@@ -60,6 +61,7 @@ class DeviceDraws:
         for i, values in enumerate(lists):
             self._fill(i, values)
         logits, best, totals = self._given
+        self._scratch = self._scratch or sampling.Scratch(device, *logits.shape)
         sampling.choose(device, logits, self._draws, *self._lists, best, totals, self._rows, n, self._tokens, self._logprobs,
                         self._scratch)
         self.count += n
