@@ -38,7 +38,7 @@ demo: $(VENV)/installed
 # The first compiles all kernels for the others, which run two at a time: they wait for processes more than they compute.
 test: lint cluster $(VENV)/mpich/installed
 	$(BIN)/python -m pytest tests/engine/test_warmup.py
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/engine/test_warmup.py
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --ignore tests/engine/test_warmup.py
 
 test-cluster: cluster $(VENV)/installed
 	$(BIN)/python -m pytest tests/cluster

@@ -26,14 +26,22 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """What compiles all kernels comes first, see ``cache`` there. Under another MPI than usual, only tests that start jobs."""
     items.sort(key=lambda item: item.path.name != "test_warmup.py")
-    # Where tests run side by side: those of a file share what they make, and there is one cluster.
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("cluster" if folder == "cluster" else f"{folder}/{item.path.name}"))
     if mpi_jobs.MPI != mpi_jobs.USUAL:
         jobs = [item for item in items if {"mpirun", "command"} & {*item.fixturenames} and not item.get_closest_marker("openmpi")]
         config.hook.pytest_deselected(items=[item for item in items if item not in jobs])
         items[:] = jobs
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Where files run side by side: the tests of a file share what they make, and there is one cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "tests/cluster" if file.startswith("tests/cluster/") else file
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -94,11 +94,12 @@ def test_logits_are_those_of_the_checkpoint(sources, stores, name, weights):
 
 @pytest.mark.parametrize("weights", FORMATS)
 def test_loading_quantises_nothing(stores, monkeypatch, weights):
+    store = stores("llama_odd", weights)
     def never(*arguments, **options):
         raise AssertionError("quantised again")
     for name in ("fit_codebook", "quantize_q3_5", "quantize_q8"):
         monkeypatch.setattr(loader, name, never)
-    LocalModel(stores("llama_odd", weights), weights)
+    LocalModel(store, weights)
 
 
 @pytest.mark.parametrize("name", CASES)
