@@ -77,7 +77,8 @@ def _explained(runtime, error) -> str:
 
 
 class Device:
-    """The GPU ``number`` of this process. Everything happens in order on one stream, beside the host.
+    """The GPU ``number`` of this process. Everything happens in order on one stream, beside the host, but for copies on streams
+    of their own, which are tied to it by events.
 
     ``architecture``: 90 for sm_90. ``multiprocessors``: how many blocks at least keep it busy. ``shared_bytes``: shared memory
     that a block can have. All methods raise DeviceError.
@@ -108,12 +109,13 @@ class Device:
         with self._told(), self.stream:
             return self._cupy.zeros(shape, dtype)
 
-    def upload(self, array: np.ndarray, out=None):
-        """A copy of ``array`` on the device: into ``out``, or a new one. From pinned memory the host does not wait."""
+    def upload(self, array: np.ndarray, out=None, stream=None):
+        """A copy of ``array`` on the device: into ``out``, or a new one. From pinned memory the host does not wait: it must stay
+        as it is until the copy is made."""
         with self._told(), self.stream:
             if out is None:
                 out = self._cupy.empty(array.shape, array.dtype)
-            out.set(np.ascontiguousarray(array), stream=self.stream)
+            out.set(np.ascontiguousarray(array), stream=stream or self.stream)
         return out
 
     def download(self, array, out: np.ndarray | None = None) -> np.ndarray:
@@ -121,10 +123,11 @@ class Device:
         with self._told(), self.stream:
             return array.get(stream=self.stream, out=out)
 
-    def fetch(self, array, out: np.ndarray) -> None:
-        """Begins to copy a device array into ``out``, contiguous and pinned: it is there after ``synchronize``."""
+    def fetch(self, array, out: np.ndarray, stream=None) -> None:
+        """Begins to copy a device array into ``out``, contiguous and pinned: it is there after ``synchronize``, or once an event
+        behind it has passed."""
         with self._told(), self.stream:
-            array.get(stream=self.stream, out=out, blocking=False)
+            array.get(stream=stream or self.stream, out=out, blocking=False)
 
     def pinned(self, shape, dtype) -> np.ndarray:
         """An array of zeros of the host, in memory that the device reads at full speed."""
@@ -161,9 +164,37 @@ class Device:
                 compile_source(name, self.architecture)
 
     def synchronize(self) -> None:
-        """Waits until everything launched is done."""
+        """Waits until everything launched is done, on the stream that computes."""
         with self._told():
             self.stream.synchronize()
+
+    def new_stream(self):
+        """A stream beside the one that computes."""
+        return self._cupy.cuda.Stream(non_blocking=True)
+
+    def new_event(self):
+        """An event, which has passed until it is recorded."""
+        return self._cupy.cuda.Event(disable_timing=True)
+
+    def record(self, event, stream=None) -> None:
+        """``event`` will pass when everything on a stream so far is done."""
+        with self._told():
+            event.record(stream or self.stream)
+
+    def follow(self, event, stream=None) -> None:
+        """What comes on a stream from now on waits for ``event``."""
+        with self._told():
+            (stream or self.stream).wait_event(event)
+
+    def passed(self, event) -> bool:
+        """Whether an event has passed."""
+        with self._told():
+            return event.done
+
+    def wait(self, event) -> None:
+        """Waits for an event."""
+        with self._told():
+            event.synchronize()
 
     @contextmanager
     def _told(self):

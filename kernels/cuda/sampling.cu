@@ -44,3 +44,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) find_totals(
     total = block_sum(total, sums);
     if (threadIdx.x == 0) totals[(int64)row * gridDim.x + blockIdx.x] = total;
 }
+
+// picked [rows]: the logit of tokens [rows] in each row of logits [rows, columns] of tokens ``first`` ...; 0 where it has none.
+// Grid: THREADS rows each, ``most`` in all.
+extern "C" __global__ void __launch_bounds__(THREADS) pick_logits(
+        const float* logits, int columns, int first, const int* tokens, const int* rows, int most, float* picked) {
+    int row = blockIdx.x * THREADS + threadIdx.x;
+    if (row >= min(*rows, most)) return;
+    int column = tokens[row] - first;
+    picked[row] = column >= 0 && column < columns ? logits[(int64)row * columns + column] : 0.0f;
+}

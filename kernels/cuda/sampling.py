@@ -32,6 +32,13 @@ def find_totals(device, logits, best, rows, most: int, totals) -> None:
     device.launch("sampling.cu", "find_totals", (totals.shape[1], most), (_THREADS,), logits, logits.shape[1], best, rows, totals)
 
 
+def pick(device, logits, first: int, tokens, rows, most: int, picked) -> None:
+    """picked float32 [rows] = of each row of logits that of ``tokens`` int32 [rows]; 0 where it is not among its columns, which
+    are tokens ``first`` ...; of ``most`` rows at most."""
+    device.launch("sampling.cu", "pick_logits", (-(-most // _THREADS),), (_THREADS,), logits, logits.shape[1], first, tokens,
+                  rows, most, picked)
+
+
 def set_sampling(draw, temperature: float, top_k: int, top_p: float, min_p: float, key: tuple[int, int],
                  counter: tuple[int, int]) -> None:
     """Fills in a record DRAW with what ``kernels.sampling.choose`` is given; ``counter``: the first half of Philox's.

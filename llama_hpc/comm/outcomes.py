@@ -1,7 +1,11 @@
 """What the leader of a replica decides at each step, told to all its ranks."""
 
+from collections.abc import Callable
+
 import numpy as np
 from mpi4py import MPI
+
+from llama_hpc.comm.waiting import complete
 
 _FAULT, _LAST, _PAUSE, _ADMITTED, _LIMITS, _HEAD = 0, 1, 2, 3, 4, 8
 
@@ -70,9 +74,9 @@ class Outcomes:
         """Sends the step's outcome, or readies a rank to receive it."""
         MPI.Prequest.Startall(self._requests[step % len(self.outcomes)])
 
-    def wait(self, step: int) -> Outcome:
-        """The outcome of a step that was posted."""
-        MPI.Request.Waitall(self._requests[step % len(self.outcomes)])
+    def wait(self, step: int, meanwhile: Callable[[], None] | None = None) -> Outcome:
+        """The outcome of a step that was posted; ``meanwhile`` as in ``complete``."""
+        complete(self._requests[step % len(self.outcomes)], meanwhile)
         return self.of(step)
 
     def free(self) -> None:

@@ -1,9 +1,12 @@
 """Activations between the stages of a replica, point to point, through buffers that stay where they are."""
 
+from collections.abc import Callable
+
 import numpy as np
 from mpi4py import MPI
 
 from llama_hpc.comm.exchange import PIECE
+from llama_hpc.comm.waiting import complete
 from llama_hpc.kernels.cpu.memory import aligned
 
 AHEAD = 2                       # steps whose receives are posted at any time
@@ -33,13 +36,14 @@ class StageChannel:
         for message in self._incoming:
             message.post(1)
 
-    def receive(self, residual: np.ndarray, rows: int) -> int:
-        """Fills residual[:rows] from the stage before; returns its fault code. The first stage receives nothing."""
+    def receive(self, residual: np.ndarray, rows: int, meanwhile: Callable[[], None] | None = None) -> int:
+        """Fills residual[:rows] from the stage before; returns its fault code. The first stage receives nothing. ``meanwhile`` as
+        in ``complete``."""
         if self.comm.rank == 0:
             return 0
         message = self._incoming[self._received % AHEAD]
         self._received += 1
-        return message.take(residual, rows)
+        return message.take(residual, rows, meanwhile)
 
     def send(self, residual: np.ndarray, rows: int, fault: int) -> None:
         """Sends residual[:rows] to the next stage while this one goes on; the last stage sends nothing."""
@@ -87,11 +91,11 @@ class _Message:
             self._receives.append(self.comm.Recv_init(part, self.other, AHEAD * number + self.place))
             self._receives[-1].Start()
 
-    def take(self, residual: np.ndarray, rows: int) -> int:
+    def take(self, residual: np.ndarray, rows: int, meanwhile: Callable[[], None] | None) -> int:
         """Waits for a message, moves it to residual[:rows], and readies for another one; returns its fault code."""
         count = len(self._cut(2 + rows * self.residual.shape[1]))
         self.post(count)
-        MPI.Request.Waitall(self._receives[:count])
+        complete(self._receives[:count], meanwhile)
         residual[:rows] = self.residual[:rows]
         fault = int(self.fault[0])
         MPI.Prequest.Startall(self._receives[:count])

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,10 +10,8 @@ from llama_hpc.engine.stop_strings import StopStrings
 from llama_hpc.kernels.cpu.sampling import weigh
 from llama_hpc.kernels.numerics import log_probability
 from llama_hpc.kernels.sampling import adjust, choose, largest, philox, request_key
+from llama_hpc.model.wanted import Draw
 from llama_hpc.results.schema import Output
-
-if TYPE_CHECKING:
-    from llama_hpc.model.device_draws import Draw
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,8 @@ class Answer:
             self.finish_reason = "length"
         return token
 
-    def draw(self, row: int) -> "Draw":
+    def draw(self, row: int) -> Draw:
         """What the next token is chosen by, for a device whose logits have it in ``row``."""
-        from llama_hpc.model.device_draws import Draw
         params = self.request.params
         biases = dict(params.logit_bias or {})
         if len(self.tokens) < params.min_tokens:

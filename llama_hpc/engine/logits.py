@@ -36,7 +36,8 @@ class LogitsGather:
         return token_of(best), logit_of(best), self.stage.totals[:count].sum(axis=1)
 
     def rows(self, wanted: list[int]) -> np.ndarray:
-        """Logits float32 [len(wanted), vocab_size] of some outputs, on tensor rank 0 (elsewhere without meaning). Collective."""
+        """Logits float32 [len(wanted), vocab_size] of outputs that were wanted, on tensor rank 0 (elsewhere without meaning).
+        Collective."""
         own, count = self.stage.logits, len(wanted)
         if self.comm.size == 1 or not count:
             return own[wanted]
@@ -51,10 +52,8 @@ class LogitsGather:
         return self._whole[:count]
 
     def chosen(self, tokens: np.ndarray) -> np.ndarray:
-        """The logits float32 [n] of ``tokens`` int64 [n], of the step's first n outputs, on every rank. Collective."""
-        stage, held = self.stage, self.stage.share.vocabulary
-        own = np.flatnonzero((tokens >= held.start) & (tokens < held.stop))
-        logits = np.zeros(len(tokens), np.float32)
-        logits[own] = stage.logits[own, tokens[own] - held.start]
-        stage.reducer.sum_disjoint(logits)
+        """The logits float32 [n] of ``tokens`` int64 [n], which were wanted of the step's first n outputs, on every rank.
+        Collective."""
+        logits = self.stage.picked(tokens)
+        self.stage.reducer.sum_disjoint(logits)
         return logits

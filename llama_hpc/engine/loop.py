@@ -1,20 +1,33 @@
 """The loop of one replica: stages in a pipeline, several steps under way, one leader that decides."""
 
-from typing import Any
+import os
+from collections import deque
+from functools import partial
+from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
 from llama_hpc.comm.outcomes import Outcome, Outcomes
 from llama_hpc.comm.pipeline import StageChannel
 from llama_hpc.engine.logits import LogitsGather
-from llama_hpc.engine.metrics import Recorder
+from llama_hpc.engine.metrics import WAITING, Recorder
 from llama_hpc.engine.pages import PagePool
 from llama_hpc.engine.pipeline import PipelineStage, PipelineState
 from llama_hpc.engine.whereabouts import Whereabouts
 from llama_hpc.grid import Grid
 from llama_hpc.model.faults import error_of
 from llama_hpc.model.transformer import Batch, TransformerStage
+from llama_hpc.model.wanted import NOTHING, Wanted
 from llama_hpc.runtime.activity import doing
+
+
+class _Begun(NamedTuple):
+    """A step that has begun: its number, its rows, what was planned and what is wanted of it."""
+
+    step: int
+    rows: int
+    planned: Any
+    wanted: Wanted
 
 
 class StepLoop:
@@ -34,12 +47,20 @@ class StepLoop:
         self.gather = LogitsGather(grid.tensor_comm, stage) if grid.last_stage else None
         self.recorder = Recorder(origin, stage.joining)
         self._steps = self._tokens = 0
+        # Steps that have begun. While a device computes one, the host finishes the one before and goes on to the next.
+        self._begun: deque[_Begun] = deque()
+        self._beside = 1 if stage.overlaps and depth > 1 else 0
+        self._meanwhile = {phase: partial(self._end_what_is_over, phase) if self._beside else None for phase in WAITING}
 
     def plan(self) -> tuple[Batch, Any]:
         """The next step, perhaps an empty one, and what ``look`` is to know of it; alike on all ranks."""
         raise NotImplementedError
 
-    def look(self, planned: Any) -> Any:
+    def want(self, planned: Any) -> Wanted:
+        """What ``look`` will need of the logits of a step that has rows; on the last stage."""
+        raise NotImplementedError
+
+    def look(self, planned: Any, wanted: Wanted) -> Any:
         """What the leader needs of the logits of a step that had rows. Collective over the tensor group of the last stage."""
         raise NotImplementedError
 
@@ -78,6 +99,7 @@ class StepLoop:
                 self._step(step)
                 self.under_way.advance()
                 step += 1
+        self._end_steps()
         while len(self.under_way):
             self.outcomes.wait(self._oldest())
         self.outcomes.free()
@@ -104,12 +126,16 @@ class StepLoop:
 
     def _learn(self, step: int) -> bool:
         """Takes over the leader's decisions about a step; whether it was the last one."""
-        outcome = self.outcomes.wait(step)
+        while self._begun and self._begun[0].step <= step:
+            self._end_oldest()
+        outcome = self.outcomes.wait(step, self._meanwhile["outcome"])
         if outcome.fault:
             # The leader ends the job: exchanges of other steps, and other replicas, are still under way.
             error = error_of(outcome.fault)
             error.reported_elsewhere = not self.grid.is_leader
             raise error
+        if outcome.pause:
+            self._end_steps()
         self.apply(outcome)
         return outcome.last
 
@@ -118,19 +144,43 @@ class StepLoop:
         batch, planned = self.plan()
         if not self.outcomes.leads:
             self.outcomes.post(step)
-        lap = self.recorder.lap
+        lap, wanted = self.recorder.lap, NOTHING
         lap("schedule")
         if batch.rows:
             self._steps += 1
             self._tokens += batch.rows
-            self.pipeline.run(batch, lap)
+            if self.gather is not None:
+                wanted = self.want(planned)
+            self.pipeline.begin(batch, wanted, lap, self._meanwhile["receive"])
+        self._begun.append(_Begun(step, batch.rows, planned, wanted))
+        self._end_steps(self._beside if batch.rows else 0)
+        self.tick()
+        self.recorder.end(self.end(batch.rows))
+
+    def _end_steps(self, ahead: int = 0) -> None:
+        """Finishes the steps that have begun, but for the ``ahead`` youngest."""
+        while len(self._begun) > ahead:
+            self._end_oldest()
+
+    def _end_what_is_over(self, phase: str) -> None:
+        """In a ``phase`` in which this rank waits for others: finishes a step that the device has computed."""
+        if self._begun and self.stage.over():
+            self.recorder.lap(phase)
+            self._end_oldest()
+        else:
+            os.sched_yield()
+
+    def _end_oldest(self) -> None:
+        """Sends the oldest step that has begun to the next stage, or tells its outcome."""
+        step, rows, planned, wanted = self._begun.popleft()
+        lap = self.recorder.lap
+        if rows:
+            self.pipeline.finish(lap)
         if self.gather is not None:
-            fault, found = (self.gather.fault(), self.look(planned)) if batch.rows else (0, None)
+            fault, found = (self.gather.fault(), self.look(planned, wanted)) if rows else (0, None)
             lap("gather")
             if self.outcomes.leads:
                 self.decide(self.outcomes.of(step), fault, found)
                 self.outcomes.post(step)
                 lap("decide")
         self.stage.faults.clear()
-        self.tick()
-        self.recorder.end(self.end(batch.rows))

@@ -1,12 +1,14 @@
 """The pipeline's schedule: which steps are under way, how many there may be, and what each may hold."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llama_hpc.comm.pipeline import StageChannel
 from llama_hpc.errors import UsageError
 from llama_hpc.model.transformer import Batch, TransformerStage
+from llama_hpc.model.wanted import NOTHING, Wanted
 
 _SLACK = 2                      # steps under way beyond one a stage: the outcome of one travels while others are computed
 _PREFILL = 256                  # prompt tokens of a step: kernels are as fast as with more, and stages wait for each other less
@@ -82,17 +84,33 @@ class PipelineState:
 
 
 class PipelineStage:
-    """One rank's stage: takes what the stage before sends, computes, and sends it on. Collective over the tensor group."""
+    """One rank's stage: takes what the stage before sends, computes, and sends it on. Collective over the tensor group.
+
+    Steps are begun, and finished in the same order; several may have begun where the stage ``overlaps``.
+    """
 
     def __init__(self, stage: TransformerStage, channel: StageChannel):
         self.stage, self.channel = stage, channel
+        self._rows: deque[int] = deque()        # of the steps that have begun
 
-    def run(self, batch: Batch, lap=lambda phase: None) -> None:
-        """One step; ``lap`` is called with ``receive``, ``compute`` and ``send`` behind each."""
-        stage = self.stage
-        stage.faults.merge(self.channel.receive(stage.residual, batch.rows))
+    def begin(self, batch: Batch, wanted: Wanted = NOTHING, lap=lambda phase: None,
+              meanwhile: Callable[[], None] | None = None) -> None:
+        """Begins a step; ``meanwhile`` is called while nothing has arrived, ``lap`` with a phase (see ``metrics.PHASES``) behind
+        it."""
+        fault = self.channel.receive(self.stage.incoming, batch.rows, meanwhile)
         lap("receive")
-        stage.forward(batch)
+        self.stage.begin(batch, wanted, fault)
+        self._rows.append(batch.rows)
         lap("compute")
-        self.channel.send(stage.residual, batch.rows, stage.faults.code)
+
+    def finish(self, lap=lambda phase: None) -> None:
+        """Finishes the oldest step that has begun."""
+        self.stage.finish()
+        lap("compute")
+        self.channel.send(self.stage.residual, self._rows.popleft(), self.stage.faults.code)
         lap("send")
+
+    def run(self, batch: Batch) -> None:
+        """A step alone."""
+        self.begin(batch)
+        self.finish()

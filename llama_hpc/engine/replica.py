@@ -18,6 +18,7 @@ from llama_hpc.engine.queue import FINISHED, STOP, TOKENS, RequestQueue, missing
 from llama_hpc.engine.scheduler import Scheduler, Sequence, StepLimits
 from llama_hpc.grid import Grid
 from llama_hpc.model.transformer import Batch, TransformerStage
+from llama_hpc.model.wanted import Wanted
 from llama_hpc.results.schema import Output
 from llama_hpc.runtime.stopping import Stop
 
@@ -107,20 +108,22 @@ class Replica(StepLoop):
         """Leader: the requests that it is answering."""
         return list(self._samples_left)
 
-    def look(self, planned: list[Sequence]) -> tuple[list[Sequence], dict[int, tuple[int, np.float32]], dict[int, np.ndarray]]:
+    def want(self, planned: list[Sequence]) -> Wanted:
+        """Rows of logits where the host chooses; where a device does, what it chooses by."""
+        rows = [i for i, sequence in enumerate(planned) if self._needs_logits(sequence)]
+        if self.stage.draws is None:
+            return Wanted(rows)
+        by_host = [i for i in rows if self.requests[planned[i].request].params.logprobs]
+        return Wanted(by_host, [self.answers[planned[i].request, planned[i].sample].draw(i) for i in rows if i not in by_host])
+
+    def look(self, planned: list[Sequence], wanted: Wanted
+             ) -> tuple[list[Sequence], dict[int, tuple[int, np.float32]], dict[int, np.ndarray]]:
         """The sequences, by place the token and log-probability that a device has chosen, and whole rows of logits where the host
         chooses."""
-        wanted = [i for i, sequence in enumerate(planned) if self._needs_logits(sequence)]
-        drawn = {}
-        # What is not finite is no distribution.
-        if self.stage.draws is not None and not self.stage.faults.code:
-            by_device = [i for i in wanted if not self.requests[planned[i].request].params.logprobs]
-            if by_device:
-                draws = [self.answers[planned[i].request, planned[i].sample].draw(i) for i in by_device]
-                drawn = dict(zip(by_device, zip(*self.stage.draws.choose(draws), strict=True), strict=True))
-            wanted = [i for i in wanted if i not in drawn]
+        places = [draw.row for draw in wanted.draws]
+        drawn = dict(zip(places, zip(*self.stage.drawn(len(places)), strict=True), strict=True)) if places else {}
         # Rows come to tensor rank 0 only.
-        return planned, drawn, dict(zip(wanted, self.gather.rows(wanted), strict=False))
+        return planned, drawn, dict(zip(wanted.rows, self.gather.rows(wanted.rows), strict=False))
 
     def _needs_logits(self, sequence: Sequence) -> bool:
         """Whether the token that a sequence waits for takes its row of logits; all ranks see the same state of it."""

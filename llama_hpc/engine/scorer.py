@@ -14,6 +14,7 @@ from llama_hpc.engine.queue import FINISHED, TOKENS, RequestQueue
 from llama_hpc.grid import Grid
 from llama_hpc.kernels.numerics import log_probability
 from llama_hpc.model.transformer import Batch, TransformerStage
+from llama_hpc.model.wanted import Wanted
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ class Scorer(StepLoop):
         for number in outcome.admitted:
             self.packer.admit(int(number))
 
-    def look(self, planned: tuple[np.ndarray, list[tuple[int, slice]]]) -> tuple[np.ndarray, list[tuple[int, slice]]]:
+    def want(self, planned: tuple[np.ndarray, list[tuple[int, slice]]]) -> Wanted:
+        return Wanted(tokens=planned[0])
+
+    def look(self, planned: tuple[np.ndarray, list[tuple[int, slice]]], wanted: Wanted
+             ) -> tuple[np.ndarray, list[tuple[int, slice]]]:
         """Logits of the tokens whose log-probabilities are wanted, and whose these are."""
         targets, parts = planned
         return self.gather.chosen(targets), parts

@@ -13,8 +13,8 @@ class DeviceCache:
     """``count`` pages of keys and values for the layers of a stage, as ``kv_cache.KVCache`` has them on the host.
 
     The scheduler writes ``pages`` int32 [sequences, pages of a sequence]; ``update`` brings it to the device, where it is
-    ``table``. Without ``count`` each sequence has pages of its own, and the table is final. Positions are not dealt out to
-    several ranks.
+    ``table``, behind the steps that were launched. Without ``count`` each sequence has pages of its own, and the table is final.
+    Positions are not dealt out to several ranks.
     """
 
     parts = 1
@@ -24,7 +24,7 @@ class DeviceCache:
         per_sequence = -(-max_seq_len // PAGE)
         self.device, self.dtype, self.first_layer = device, np.dtype(dtype), layers.start
         self.first_parts = np.zeros(sequences, np.int32)
-        self.pages = device.pinned((sequences, per_sequence), np.int32)
+        self.pages = np.zeros((sequences, per_sequence), np.int32)
         if count is None:
             count = sequences * per_sequence
             self.pages[:] = np.arange(count, dtype=np.int32).reshape(self.pages.shape)
@@ -42,11 +42,13 @@ class DeviceCache:
         pools = {"keys": self.keys, "values": self.values, "key_scales": self.key_scales, "value_scales": self.value_scales}
         return {name: layers[layer - self.first_layer] for name, layers in pools.items() if layers}
 
-    def update(self) -> None:
-        """Brings the page table to the device, if it has changed."""
+    def update(self, place: np.ndarray) -> None:
+        """Begins to bring the page table to the device, if it has changed: from ``place``, pinned, which must stay as it is until
+        it is there."""
         if not np.array_equal(self.pages, self._sent):
             np.copyto(self._sent, self.pages)
-            self.device.upload(self.pages, self.table)
+            np.copyto(place, self.pages)
+            self.device.upload(place, self.table)
 
     def give_back(self, pages) -> None:
         """Memory of a device is not given back page by page."""

@@ -1,32 +1,12 @@
 """Choosing tokens on a GPU, which holds the logits: only tokens and log-probabilities go to the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from llama_hpc.kernels.cuda import sampling
 from llama_hpc.kernels.cuda.sampling import DRAW, DRAW_WORDS
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One token to be chosen from ``row`` of the logits: what ``kernels.sampling.choose`` is given, with Philox's ``key`` and the
-    first half of its ``counter``. ``penalties``: how often the answer has each token that is penalised; ``biases``: what is added
-    to logits, -inf for what must not be drawn."""
-
-    row: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    key: tuple[int, int]
-    counter: tuple[int, int]
-    repetition: float = 1.0
-    frequency: float = 0.0
-    presence: float = 0.0
-    penalties: dict[int, int] = field(default_factory=dict)
-    biases: dict[int, float] = field(default_factory=dict)
+from llama_hpc.model.wanted import Draw
 
 
 class DeviceDraws:
@@ -42,8 +22,9 @@ class DeviceDraws:
         self._scratch: sampling.Scratch | None = None
         self._lists = [device.zeros((1,), dtype) for dtype in (np.int32, np.int32, np.int32, np.float32)]
 
-    def choose(self, draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32 [n], log-probabilities float32 [n]) of n draws."""
+    def choose(self, draws: Sequence[Draw], tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """Begins to choose n tokens: ``tokens`` int32 [n] and ``logprobs`` float32 [n] or longer, pinned, have them when the
+        device has done what was launched. Of logits that are not finite nothing sensible."""
         device, n = self._device, len(draws)
         records = np.zeros(n, DRAW)
         lists: list[list] = [[] for _ in self._lists]
@@ -65,7 +46,8 @@ class DeviceDraws:
         sampling.choose(device, logits, self._draws, *self._lists, best, totals, self._rows, n, self._tokens, self._logprobs,
                         self._scratch)
         self.count += n
-        return device.download(self._tokens[:n]), device.download(self._logprobs[:n])
+        device.fetch(self._tokens[:n], tokens[:n])
+        device.fetch(self._logprobs[:n], logprobs[:n])
 
     def _fill(self, number: int, values: list) -> None:
         """Brings a list to the device, in an array that grows with the longest one."""

@@ -4,50 +4,21 @@ What the engine sees of a stage lies on the host: residuals that travel between 
 logits and sums of weights. Nothing here needs Numba or MPI.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from contextlib import contextmanager
 
 import numpy as np
 
 from llama_hpc.errors import DeviceUnavailable
-from llama_hpc.kernels.cuda import activations, attention, kv_store, products, sampling
-from llama_hpc.kernels.cuda.activations import Activation
 from llama_hpc.kernels.cuda.device import DeviceError
-from llama_hpc.kernels.cuda.products import Part
-from llama_hpc.kernels.numerics import ATTENTION_BLOCK, BLOCK, NOT_FINITE, down_block
-from llama_hpc.kernels.sampling import SEGMENT
-from llama_hpc.model import rope
+from llama_hpc.kernels.numerics import NOT_FINITE
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.device_cache import DeviceCache
-from llama_hpc.model.device_draws import DeviceDraws
+from llama_hpc.model.device_program import DeviceProgram
+from llama_hpc.model.device_step import DeviceStep, Lanes
 from llama_hpc.model.faults import Faults
-from llama_hpc.model.shares import VOCABULARY_TILE, StageShare, TensorShare
-
-GRAPH_ROWS = 64                 # steps of so many rows at most are captured as graphs and replayed
-_SCRATCH_BYTES = 256 << 20      # of attention, or what one row needs
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a recorded step can do at most: rows, outputs, positions of a sequence, and rows that follow one another in one
-    sequence."""
-
-    rows: int
-    outputs: int
-    positions: int
-    longest: int
-
-    @classmethod
-    def of(cls, batch, most: "Bounds") -> "Bounds":
-        """The bounds under which a step is recorded: few different ones, not far above what it needs, not above ``most``."""
-        rows, positions = batch.rows, int(batch.positions[: batch.rows].max()) + 1
-        alone = rows == len(set(batch.sequences[:rows].tolist()))
-        def above(count: int, limit: int) -> int:
-            return min(count if count <= 4 or count > GRAPH_ROWS else -(-count // 8) * 8, limit)
-        blocks = 1 << (-(-positions // ATTENTION_BLOCK) - 1).bit_length()
-        return cls(above(rows, most.rows), above(len(batch.outputs), most.outputs), blocks * ATTENTION_BLOCK,
-                   1 if alone else above(rows, most.rows))
+from llama_hpc.model.shares import StageShare, TensorShare
+from llama_hpc.model.wanted import NOTHING, Wanted
 
 
 class DeviceStage:
@@ -55,6 +26,9 @@ class DeviceStage:
 
     Sizes and ``weights`` are as for ``TransformerStage``, the weights' matrices on the device. ``reducer`` counts what is joined
     over the tensor group; with several ranks ``exchange`` does it (see ``comm.device_exchange``).
+
+    Where ``overlaps``, the host need not wait for one step before it begins the next: while the device computes, residuals arrive
+    and leave beside it, and the host sends, decides and plans.
     """
 
     spread_steps = overlapped_steps = 0
@@ -63,54 +37,118 @@ class DeviceStage:
                  max_seq_len: int, max_rows: int, max_outputs: int, cache: DeviceCache, exchange=None):
         self.config, self.stage, self.share, self.weights, self.reducer = config, stage, share, weights, reducer
         self.device, self.cache, self.exchange, self.faults = device, cache, exchange, Faults()
-        self.max_rows, self.max_outputs = max_rows, max_outputs
-        self._most = Bounds(max_rows, max_outputs, max_seq_len, max_rows)
-        self.replayed_steps = 0
-        self._names: list[tuple[int, tuple[str, ...]]] = []
-        self._buffers(max_seq_len)
-        self._outputs()
-        # Between two pieces the tensor group joins on the host.
-        self._pieces: list[tuple[list[Callable[[Bounds], None]], Callable[[int], None] | None]] = [([], None)]
-        self._build()
-        self.status = device.zeros((max(1, len(self._names)),), np.int32)
-        self._found = device.pinned((max(1, len(self._names)),), np.int32)
-        self._recorded: dict[Bounds, list[Any]] = {}
-        # Where a rank has all logits, tokens are chosen beside them.
-        whole = stage.last and reducer.size == 1
-        self.draws = DeviceDraws(device, self._logits, self._best, self._totals) if whole else None
-        self._place = 0
+        # Where the host joins, it waits for every piece of a step.
+        self.overlaps, self.steps_beside = exchange is None or exchange.on_stream, 0
+        self._program = DeviceProgram(config, stage, share, weights, reducer, device, cache, exchange, max_seq_len, max_rows,
+                                      max_outputs)
+        self._lanes = Lanes(device)
+        self._idle, self._begun = deque([self._make_step()]), deque()
+        # The one that was finished last, and whether the device still has its logits.
+        self._step, self._fresh = self._idle[0], False
 
     # What the engine asks of a stage.
 
-    def forward(self, batch) -> None:
-        """As ``TransformerStage.forward``: runs the stage's layers on the residual. Raises DeviceUnavailable where the device is
-        lost."""
-        try:
-            self._forward(batch)
-        except DeviceError as error:
-            raise DeviceUnavailable(f"{error}; --resume goes on with what is finished, on other devices too") from None
+    @property
+    def draws(self):
+        """Chooses tokens where this rank has all logits (see ``DeviceDraws``); else None."""
+        return self._program.outputs and self._program.outputs.draws
 
-    def _forward(self, batch) -> None:
-        rows, outputs = batch.rows, len(batch.outputs)
-        self._load(batch, rows, outputs)
-        if not self.stage.first:
-            self.device.upload(self.residual[:rows], self._residual[:rows])
-        self._run(Bounds.of(batch, self._most), rows)
-        self._finish(rows, outputs)
+    @property
+    def replayed_steps(self) -> int:
+        """Steps that were captured once and replayed."""
+        return self._program.replayed
+
+    @property
+    def incoming(self) -> np.ndarray:
+        """float32 [max_rows, hidden_size]: takes what enters the stage with the next step."""
+        if not self._idle:
+            self._idle.append(self._make_step())
+        return self._idle[0].residual
+
+    @property
+    def residual(self) -> np.ndarray:
+        """float32 [max_rows, hidden_size]: what leaves the stage with the step that was finished last."""
+        return self._step.residual
+
+    @property
+    def best(self) -> np.ndarray:
+        """int64 [max_outputs, segments]: greatest keys, of the step that was finished last, as ``totals``."""
+        return self._step.best
+
+    @property
+    def totals(self) -> np.ndarray:
+        """int64 [max_outputs, segments]: sums of weights (see ``kernels.sampling``)."""
+        return self._step.totals
 
     @property
     def logits(self) -> np.ndarray:
-        """float32 [max_outputs, vocabulary of this rank]; brought to the host when somebody asks."""
+        """float32 [max_outputs, vocabulary of this rank]: rows that were wanted of the step that was finished last; all of them
+        behind ``forward``."""
         if self._fresh:
-            self.device.download(self._logits[: self._fresh], self._host_logits[: self._fresh])
-            self._fresh = 0
-        return self._host_logits
+            self._fresh, count = False, self._step.outputs
+            with self._told():
+                self.device.download(self._program.outputs.logits[:count], self._step.logits[:count])
+        return self._step.logits
+
+    def picked(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [n]: the logits of the ``tokens`` that were wanted of the first n outputs, 0 of those that others hold."""
+        return self._step.picked[: len(tokens)]
+
+    def drawn(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """int32 tokens and float32 log-probabilities of the draws that were wanted."""
+        return self._step.tokens[:count], self._step.logprobs[:count]
+
+    def forward(self, batch) -> None:
+        """As ``TransformerStage.forward``: runs the stage's layers on ``incoming``. Raises DeviceUnavailable where the device is
+        lost."""
+        self.begin(batch)
+        self.finish()
+        self._fresh = True
+
+    def begin(self, batch, wanted: Wanted = NOTHING, fault: int = 0) -> None:
+        """Launches a step; ``finish`` is to be called for each, in the same order. ``fault``: the code that came with
+        ``incoming``. Raises DeviceUnavailable."""
+        self.steps_beside += bool(self._begun)
+        self._fresh = False
+        with self._told():
+            step = self._idle.popleft() if self._idle else self._make_step()
+            self._begun.append(step)
+            step.load(batch, fault)
+            if not self.stage.first:
+                step.arrive()
+            self._program.run(batch, step)
+            step.leave(wanted)
+
+    def over(self) -> bool:
+        """Whether ``finish`` would not wait."""
+        with self._told():
+            return self._begun[0].over()
+
+    def finish(self) -> None:
+        """Waits for the oldest step that has begun, and notes its first fault. Raises DeviceUnavailable."""
+        self._step = step = self._begun.popleft()
+        self._idle.append(step)
+        with self._told():
+            step.wait()
+        if not self._begun:
+            self._program.place = 0
+        self.faults.merge(step.fault)
+        if step.found.any():
+            self._note(step.found)
+
+    @contextmanager
+    def _told(self):
+        try:
+            yield
+        except DeviceError as error:
+            raise DeviceUnavailable(f"{error}; --resume goes on with what is finished, on other devices too") from None
 
     def work(self) -> dict[str, str | int | float]:
-        """What was joined over the tensor group and how, how many steps were replayed, and tokens chosen on the device."""
+        """What was joined over the tensor group and how, how many steps were replayed, how many were launched beside another one,
+        and tokens chosen on the device."""
         chosen = {} if self.exchange is None else {"reduce": self.exchange.name}
-        return self.reducer.work() | chosen | {"replayed_steps": self.replayed_steps,
-                                                   "device_draws": self.draws.count if self.draws else 0}
+        return self.reducer.work() | chosen | {"replayed_steps": self.replayed_steps, "steps_beside": self.steps_beside,
+                                               "device_draws": self.draws.count if self.draws else 0}
 
     @property
     def joining(self) -> list[np.ndarray]:
@@ -119,222 +157,24 @@ class DeviceStage:
 
     def mark(self) -> tuple[int, ...]:
         """Changes while a step gets further. From any thread."""
-        return (self._place,)
+        return (self._program.place,)
 
     def reached(self) -> str:
         """Where the step is; kernels run beside the host, which waits for all of a piece."""
-        return f"piece {self._place} of the step on {self.device.name}" if self._place else ""
+        return f"piece {self._program.place} of the step on {self.device.name}" if self._program.place else ""
 
     def free(self) -> None:
         """Gives back what the ranks share. Collective over the tensor group."""
         self.reducer.free()
 
-    # Building: what runs is fixed, but for the bounds.
+    def _make_step(self) -> DeviceStep:
+        return DeviceStep(self.device, self._lanes, self.cache, self._program.arrays, arrives=not self.stage.first)
 
-    def _buffers(self, max_seq_len: int) -> None:
-        config, share, device, rows = self.config, self.share, self.device, self.max_rows
-        quantized, hidden, ffn = self.weights.quantized, config.hidden_size, len(share.ffn)
-        self.heads, self.kv_heads = len(share.query_heads), len(share.kv_heads)
-        self.residual = device.pinned((rows, hidden), np.float32)
-        self._residual = device.zeros((rows, hidden), np.float32)
-        self._sums = device.zeros((rows if self.reducer.size > 1 else 0, hidden), np.int64)
-        self._host_sums = device.pinned(self._sums.shape, np.int64)
-        self._normed = Activation(device, rows, hidden, BLOCK, quantized)
-        self._q, self._k, self._v = (device.zeros((rows, n * config.head_dim), np.float32)
-                                     for n in (self.heads, self.kv_heads, self.kv_heads))
-        self._attended = Activation(device, rows, self.heads * config.head_dim, min(config.head_dim, BLOCK), quantized)
-        self._gated = Activation(device, rows, ffn, down_block(config.intermediate_size), quantized)
-        self._cosines, self._sines = map(device.upload, rope.tables(config, max_seq_len))
-        self._product_scratch = products.Scratch(device, max(
-            (self.heads + 2 * self.kv_heads) * config.head_dim, 2 * ffn, hidden, len(share.vocabulary) if self.stage.last else 0))
-        blocks = 1 << (-(-max_seq_len // ATTENTION_BLOCK) - 1).bit_length()
-        at_a_time = max(1, _SCRATCH_BYTES // (4 * self.heads * blocks * (config.head_dim + 18)))
-        self._scratch = attention.Scratch(device, min(rows, at_a_time), blocks, self.heads, config.head_dim,
-                                          -(-config.num_heads // config.kv_heads))
-        # Of a step: counts of rows and of outputs, then row by row token, sequence and position, then the selected rows.
-        self._given = device.pinned(2 + 3 * rows + self.max_outputs, np.int32)
-        self._step = device.zeros(self._given.shape, np.int32)
-        per_kv = config.num_heads // config.kv_heads
-        first = share.group_heads.start
-        starts = [min(max(per_kv * j - first, 0), self.heads) for j in range(share.kv_heads.start, share.kv_heads.stop + 1)]
-        self._head_starts = device.upload(np.array(starts, np.int32))
-        self._scale = float(np.float32(1.0 / np.sqrt(np.float64(config.head_dim))))
-
-    def _outputs(self) -> None:
-        """Arrays of the last stage."""
-        device, held = self.device, len(self.share.vocabulary)
-        outputs = self.max_outputs if self.stage.last else 0
-        self._fresh, self._host_logits = 0, device.pinned((outputs, held), np.float32)
-        tiles = -(-self.config.vocab_size // (VOCABULARY_TILE * self.reducer.size))
-        segments = -(-tiles * VOCABULARY_TILE // SEGMENT)       # of the rank that holds most
-        self._logits = device.zeros((outputs, held), np.float32)
-        self._best, self._totals = (device.zeros((outputs, segments), np.int64) for _ in range(2))
-        self.best, self.totals = (device.pinned((outputs, segments), np.int64) for _ in range(2))
-        if self.stage.last:
-            self._selected = Activation(device, outputs, self.config.hidden_size, BLOCK,
-                                        self.weights.head.weights.quantized)
-
-    def _view(self, first: int, count: int):
-        return self._step[first : first + count]
-
-    def _add(self, operation: Callable[..., None], layer: int = 0, *tensors: str) -> None:
-        """Appends ``operation(bounds, status)``, which is named after tensors."""
-        number = len(self._names)
-        self._names.append((layer, tensors))
-        self._pieces[-1][0].append(lambda bounds: operation(bounds, self.status[number : number + 1]))
-
-    def _exchange(self, join: Callable[[int], None]) -> None:
-        """Ends the piece here: ``join(rows)`` runs on the host, then the next one."""
-        self._pieces[-1] = self._pieces[-1][0], join
-        self._pieces.append(([], None))
-
-    def _build(self) -> None:
-        rows = self.max_rows
-        self._rows, self._count = self._view(0, 1), self._view(1, 1)
-        self._tokens, self._sequences, self._positions = (self._view(2 + i * rows, rows) for i in range(3))
-        self._chosen = self._view(2 + 3 * rows, self.max_outputs)
-        if self.stage.first:
-            self._add_embedding()
-        for number, layer in zip(self.stage.layers, self.weights.layers, strict=True):
-            self._add_attention(number, layer)
-            self._add_mlp(number, layer)
-        if self.stage.last:
-            self._add_head()
-
-    def _add_embedding(self) -> None:
-        table, vocabulary = self.weights.embedding.weights, self.share.vocabulary
-        self._add(lambda most, status: products.embedding(self.device, table, self._tokens, vocabulary.start, len(vocabulary),
-                                                          self._rows, most.rows, self._residual), 0, "embedding")
-        if self.reducer.size > 1:
-            self._exchange(lambda rows: self.exchange.sum_disjoint(self._residual[:rows], self.residual[:rows]))
-
-    def _add_norm(self, weight: np.ndarray, number: int, name: str) -> None:
-        weight, eps = self.device.upload(weight), self.config.norm_eps
-        self._add(lambda most, status: activations.rms_norm(self.device, self._residual, weight, eps, self._normed, self._rows,
-                                                            most.rows, status), number, name)
-
-    def _part(self, linear, out) -> Part:
-        return Part(linear.weights, out, self.device.upload(linear.bias) if linear.bias.size else None)
-
-    def _add_product(self, number: int, x: Activation, linears: dict[str, tuple[Any, Any]], mode: int, gated=None) -> None:
-        parts = [self._part(linear, out) for linear, out in linears.values() if linear.weights.rows]
-        if parts:
-            self._add(lambda most, status: products.product(self.device, x, parts, self._rows, most.rows, mode, status, gated,
-                                                           self._product_scratch), number, *linears)
-
-    def _add_row_parallel(self, number: int, name: str, linear, x: Activation) -> None:
-        """residual += x Wᵀ + b, over the tensor group."""
-        if self.reducer.size == 1:
-            self._add_product(number, x, {name: (linear, self._residual)}, products.ADD)
-            return
-        bias = self.device.upload(linear.bias) if linear.bias.size else None
-        if linear.weights.blocks.size:
-            part = Part(linear.weights, self._sums, None)
-            self._add(lambda most, status: products.product(self.device, x, [part], self._rows, most.rows, products.SUMS, status,
-                                                           scratch=self._product_scratch), number, name)
-        self._exchange(lambda rows: self._join_sums(rows, bool(linear.weights.blocks.size)))
-        self._add(lambda most, status: products.finish(self.device, self._sums, self._rows, most.rows, self._residual, bias,
-                                                       status), number, name)
-
-    def _add_attention(self, number: int, layer) -> None:
-        a, config, device, cache = layer.attention, self.config, self.device, self.cache
-        self._add_norm(layer.attention_norm, number, "attention_norm")
-        self._add_product(number, self._normed, {"q": (a.q, self._q), "k": (a.k, self._k), "v": (a.v, self._v)}, products.FLOAT)
-        norms = [None if norm is None else device.upload(norm) for norm in (a.q_norm, a.k_norm)]
-        pools = cache.pools(number)
-        names = ("q_norm", "k_norm") if a.q_norm is not None else ("k",)
-        self._add(lambda most, status: kv_store.rotate_and_store(
-            device, self._q, self._k, self._v, self._cosines, self._sines, self._sequences, self._positions, cache.table,
-            heads=self.heads, kv_heads=self.kv_heads, head_dim=config.head_dim, rows=self._rows, most=most.rows, status=status,
-            q_norm=norms[0], k_norm=norms[1], eps=config.norm_eps, **pools), number, *names)
-        self._add(lambda most, status: attention.attention(
-            device, self._q, pages=cache.table, sequences=self._sequences, positions=self._positions,
-            head_starts=self._head_starts, kv_heads=self.kv_heads, head_dim=config.head_dim, window=config.window(number),
-            scale=self._scale, target=self._attended, rows=self._rows, most=most.rows, most_positions=most.positions,
-            scratch=self._scratch, status=status, longest=most.longest, **pools), number, "attention")
-        self._add_row_parallel(number, "o", a.o, self._attended)
-
-    def _add_mlp(self, number: int, layer) -> None:
-        mlp = layer.mlp
-        self._add_norm(layer.mlp_norm, number, "mlp_norm")
-        self._add_product(number, self._normed, {"gate": (mlp.gate, None), "up": (mlp.up, None)}, products.GATED, self._gated)
-        self._add_row_parallel(number, "down", mlp.down, self._gated)
-
-    def _add_head(self) -> None:
-        """The logits of this rank's vocabulary, and what sampling needs of all: the largest logit, the sum of weights."""
-        device, count, eps = self.device, self._count, self.config.norm_eps
-        weight, parts = device.upload(self.weights.final_norm), [self._part(self.weights.head, self._logits)]
-
-        def add(operation: Callable[..., None], *tensors: str) -> None:
-            self._add(lambda most, status: operation(most.outputs, status) if most.outputs else None, 0, *tensors)
-
-        def join(values, host: np.ndarray, name: str) -> None:
-            if self.reducer.size > 1:
-                self._exchange(lambda rows: getattr(self.exchange, name)(values[: self._fresh], host[: self._fresh]))
-        add(lambda most, status: activations.rms_norm(device, self._residual, weight, eps, self._selected, count, most, status,
-                                                      self._chosen), "final_norm")
-        add(lambda most, status: products.product(device, self._selected, parts, count, most, products.FLOAT, status,
-                                                  scratch=self._product_scratch), "head")
-        add(lambda most, status: sampling.find_best(device, self._logits, self.share.vocabulary.start, count, most, self._best))
-        join(self._best, self.best, "maximum")
-        add(lambda most, status: sampling.find_totals(device, self._logits, self._best, count, most, self._totals))
-        join(self._totals, self.totals, "sum_fixed")
-
-    # Running.
-
-    def _load(self, batch, rows: int, outputs: int) -> None:
-        """Takes over what a step works on."""
-        given = self._given
-        given[:2] = rows, outputs
-        for i, values in enumerate((batch.tokens, batch.sequences, batch.positions)):
-            given[2 + i * self.max_rows : 2 + i * self.max_rows + rows] = values[:rows]
-        given[len(given) - self.max_outputs :][:outputs] = batch.outputs
-        self.device.upload(given, self._step)
-        self.cache.update()
-        self._fresh = outputs
-
-    def _run(self, bounds: Bounds, rows: int) -> None:
-        replayed = bounds.rows <= GRAPH_ROWS
-        if replayed and bounds not in self._recorded:
-            self._recorded[bounds] = [self._record(launches, bounds) for launches, _ in self._pieces]
-        self.replayed_steps += replayed
-        for number, (launches, join) in enumerate(self._pieces):
-            self._place = number + 1
-            if replayed:
-                self.device.replay(self._recorded[bounds][number])
-            else:
-                for launch in launches:
-                    launch(bounds)
-            if join is not None:
-                join(rows)
-
-    def _record(self, launches: list[Callable[[Bounds], None]], bounds: Bounds) -> Any:
-        with self.device.capture() as recorded:
-            for launch in launches:
-                launch(bounds)
-        return recorded
-
-    def _join_sums(self, rows: int, any_input: bool) -> None:
-        """The fixed-point sums of a row-parallel product; a rank without inputs adds nothing."""
-        if not any_input:
-            self.device.upload(np.zeros((rows, self._sums.shape[1]), np.int64), self._sums[:rows])
-        self.exchange.sum_fixed(self._sums[:rows], self._host_sums[:rows])
-
-    def _finish(self, rows: int, outputs: int) -> None:
-        """Brings to the host what everybody asks for, and notes the first fault."""
-        device = self.device
-        if not self.stage.last:
-            device.fetch(self._residual[:rows], self.residual[:rows])
-        elif outputs:
-            device.fetch(self._best[:outputs], self.best[:outputs])
-            device.fetch(self._totals[:outputs], self.totals[:outputs])
-        device.fetch(self.status, self._found)
-        device.synchronize()
-        self._place = 0
-        if not self._found.any():
-            return
-        for number in np.flatnonzero(self._found).tolist():
-            layer, tensors = self._names[number]
+    def _note(self, found: np.ndarray) -> None:
+        """The first fault, and no more of it: of steps that have begun already it would be the second one."""
+        for number in np.flatnonzero(found).tolist():
+            layer, tensors = self._program.names[number]
             # Both bits: not finite, which comes first.
-            self.faults.note(NOT_FINITE if self._found[number] & NOT_FINITE else int(self._found[number]), tensors[0], layer)
-        device.upload(np.zeros_like(self._found), self.status)
+            self.faults.note(NOT_FINITE if found[number] & NOT_FINITE else int(found[number]), tensors[0], layer)
+        with self._told():
+            self.device.upload(np.zeros_like(found), self._program.status)

@@ -22,6 +22,7 @@ from llama_hpc.model.linear import ColumnParallelLinear, LinearWeights
 from llama_hpc.model.overlap import OverlappedSteps
 from llama_hpc.model.shares import VOCABULARY_TILE, StageShare, TensorShare
 from llama_hpc.model.steps import Steps
+from llama_hpc.model.wanted import NOTHING, Wanted
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class TransformerStage:
     """
 
     draws = None                # tokens are chosen on the host
+    overlaps = False            # a step has run when ``begin`` returns
 
     def __init__(self, config: ModelConfig, stage: StageShare, share: TensorShare, weights: StageWeights, reducer: TensorReducer,
                  pool: Pool, *, sequences: int, max_seq_len: int, max_rows: int, max_outputs: int, pages: int | None = None,
@@ -238,6 +240,27 @@ class TransformerStage:
     def residual(self) -> np.ndarray:
         """float32 [max_rows, hidden_size]: what enters the stage (received before ``forward``) and what leaves it."""
         return self.buffers.residual
+
+    @property
+    def incoming(self) -> np.ndarray:
+        """Where the next step's residual is received: the same array."""
+        return self.buffers.residual
+
+    def begin(self, batch: Batch, wanted: Wanted = NOTHING, fault: int = 0) -> None:
+        """``forward`` behind an earlier stage with this ``fault``; all logits come to where they are ``wanted``."""
+        self.faults.merge(fault)
+        self.forward(batch)
+
+    def finish(self) -> None:
+        """Nothing is left to be done."""
+
+    def picked(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [n]: the logits of ``tokens`` int64 [n], of the first n outputs, 0 of those that other tensor ranks hold."""
+        held = self.share.vocabulary
+        own = np.flatnonzero((tokens >= held.start) & (tokens < held.stop))
+        logits = np.zeros(len(tokens), np.float32)
+        logits[own] = self.logits[own, tokens[own] - held.start]
+        return logits
 
     def forward(self, batch: Batch) -> None:
         """Runs the stage's layers on the residual; on the last stage also the logits [outputs, vocabulary of this rank]."""

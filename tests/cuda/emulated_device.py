@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,8 +54,34 @@ def build(name: str) -> Path:
     return library
 
 
+class EmulatedStream:
+    """What is to be done in turn. An event is a pair of a stream and how much of it was there when it was recorded."""
+
+    def __init__(self):
+        self.added = self.done = 0
+        self.actions: deque = deque()
+
+    def add(self, action) -> None:
+        self.actions.append(action)
+        self.added += 1
+
+    def run(self, until: int) -> None:
+        while self.done < until:
+            self.done += 1
+            self.actions.popleft()()
+
+
+class EmulatedEvent:
+    def __init__(self):
+        self.stream, self.until = EmulatedStream(), 0
+
+
 class EmulatedDevice:
-    """``Device`` without one. Threads of a block take turns in ascending or ``descending`` order."""
+    """``Device`` without one. Threads of a block take turns in ascending or ``descending`` order.
+
+    Nothing is done before somebody waits for it, and then no more than that: what is read too early, or overwritten too early,
+    shows. Only from memory that is not pinned, copies are made at once, as CUDA does.
+    """
 
     name, number, architecture, multiprocessors, shared_bytes = "emulated", 0, 90, 4, 227 << 10
     l2_bytes, clock_hz = 1 << 10, 1e9
@@ -64,6 +91,8 @@ class EmulatedDevice:
         self._libraries: dict[str, ctypes.CDLL] = {}
         self._guarded: list[np.ndarray] = []
         self._recorded: list | None = None
+        self.stream = EmulatedStream()
+        self._pinned: list[tuple[int, int]] = []
 
     def zeros(self, shape, dtype):
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -73,22 +102,31 @@ class EmulatedDevice:
         self._guarded.append(memory[start + size :])
         return memory[start : start + size].view(dtype).reshape(shape)
 
-    def upload(self, array, out=None):
+    def upload(self, array, out=None, stream=None):
         out = self.zeros(array.shape, array.dtype) if out is None else out
-        self._do(lambda: np.copyto(out, array))
+        array = array if self._is_pinned(array) else array.copy()
+        self._do(lambda: np.copyto(out, array), stream)
         return out
 
     def download(self, array, out=None):
-        self.check()
         out = np.empty(array.shape, array.dtype) if out is None else out
         self._do(lambda: np.copyto(out, array))
+        self.synchronize()
+        self.check()
         return out
 
-    def fetch(self, array, out):
-        self._do(lambda: np.copyto(out, array))
+    def fetch(self, array, out, stream=None):
+        assert self._is_pinned(out)
+        self._do(lambda: np.copyto(out[: len(array)], array), stream)
 
     def pinned(self, shape, dtype):
-        return np.zeros(shape, dtype)
+        array = np.zeros(shape, dtype)
+        self._pinned.append((array.ctypes.data, array.ctypes.data + array.nbytes))
+        return array
+
+    def _is_pinned(self, array):
+        start = array.ctypes.data
+        return not array.nbytes or any(first <= start and start + array.nbytes <= last for first, last in self._pinned)
 
     def check(self):
         """Raises AssertionError where somebody wrote behind an array."""
@@ -114,7 +152,29 @@ class EmulatedDevice:
         pass
 
     def synchronize(self):
-        pass
+        self.stream.run(self.stream.added)
+
+    def new_stream(self):
+        return EmulatedStream()
+
+    def new_event(self):
+        return EmulatedEvent()
+
+    def record(self, event, stream=None):
+        event.stream = stream or self.stream
+        event.until = event.stream.added
+
+    def follow(self, event, stream=None):
+        other, until = event.stream, event.until
+        self._do(lambda: other.run(until), stream)
+
+    def passed(self, event):
+        """Whoever asks again and again gives the device time."""
+        event.stream.run(min(event.until, event.stream.done + 1))
+        return event.stream.done >= event.until
+
+    def wait(self, event):
+        event.stream.run(event.until)
 
     @contextmanager
     def capture(self):
@@ -126,7 +186,7 @@ class EmulatedDevice:
 
     def replay(self, recorded):
         for action in recorded:
-            action()
+            self.stream.add(action)
 
     def copy(self, source, target):
         assert source.nbytes == target.nbytes
@@ -136,14 +196,15 @@ class EmulatedDevice:
         start = time.perf_counter()
         for _ in range(times):
             run()
+        self.synchronize()
         return time.perf_counter() - start
 
     def free_bytes(self):
         return 1 << 30
 
-    def _do(self, action):
+    def _do(self, action, stream=None):
         if self._recorded is None:
-            action()
+            (stream or self.stream).add(action)
         else:
             self._recorded.append(action)
 

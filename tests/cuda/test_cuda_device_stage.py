@@ -45,9 +45,9 @@ def test_a_device_that_is_lost_is_told(one_device, checkpoint, monkeypatch):
     model = LocalModel(checkpoint("llama_odd"), "q8", max_seq_len=64, device=one_device)
     model.forward([1, 2])
 
-    def lost():
+    def lost(event):
         raise DeviceError("GPU 0, made up, was lost: bus error")
-    monkeypatch.setattr(one_device, "synchronize", lost)
+    monkeypatch.setattr(one_device, "wait", lost)
     with pytest.raises(DeviceUnavailable, match="GPU 0, made up, was lost: bus error; --resume goes on"):
         model.forward([3], 2)
 

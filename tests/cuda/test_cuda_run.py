@@ -9,7 +9,7 @@ import pytest
 from emulated_device import missing
 from reference_models import prompt, write_checkpoint
 
-from llama_hpc.results import read_results
+from llama_hpc.results import read_results, read_scores
 
 FOLDER = Path(__file__).parent
 # What is absent on a machine with nothing but CuPy and NumPy.
@@ -67,6 +67,24 @@ def test_any_ranks_may_be_gpus(mpirun, model, prompts, on_cpu, tmp_path, gpus, g
         for i in map(int, gpus.split(",")):
             assert ranks[i]["replayed_steps"] > 0
             assert (ranks[i]["reductions"] > 0 and ranks[i]["reduce"] == "staged") == (grid == "1x1x2")
+            # In a pipeline the next step is launched while one is computed.
+            assert (ranks[i]["steps_beside"] > 0) == (grid == "1x2x1")
+
+
+def test_scores_on_gpus(command, mpirun, model, tmp_path):
+    """Log-probabilities are looked up where the logits are."""
+    documents, ids = tmp_path / "documents.jsonl", [int(i) for i in prompt("llama_odd")]
+    documents.write_text("".join(json.dumps({"id": f"d{i}", "token_ids": ids[i:] * 3}) + "\n" for i in range(6)))
+    digests = []
+    for name, job, ranks, first in (("cpu", command, 1, []), ("gpu", mpirun, 2, [FOLDER / "emulated_run.py", "0,1"])):
+        output = tmp_path / f"{name}.h5"
+        found = job(ranks, [*first, "score", model, "--texts", documents, "--output", output, "--weights", "q8", "--window",
+                            16, "--token-budget", 24, *(["--grid", "1x2x1"] if first else [])])
+        assert found.returncode == 0, found.stderr
+        with read_scores(output) as results:
+            digests.append(results.digest)
+            ranks = results.provenance["rank_table"]
+    assert digests[0] == digests[1] and all(rank["steps_beside"] > 0 for rank in ranks)
 
 
 def test_tokens_are_chosen_on_the_device(command, mpirun, model, prompts, tmp_path):

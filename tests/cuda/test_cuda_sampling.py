@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llama_hpc.kernels.cuda.sampling import find_best, find_totals
+from llama_hpc.kernels.cuda.sampling import find_best, find_totals, pick
 from llama_hpc.kernels.sampling import NOTHING, SEGMENT, logit_of, token_of, weigh
 
 SIZES = 1, 7, 512, 4097, 32000
@@ -56,3 +56,15 @@ def test_totals_are_relative_to_what_other_ranks_found(device):
         find_totals(device, part, keys, rows, 1, totals)
         sums = sums + device.download(totals)
     assert (int(sums.sum()), joined.max() & 0x7FFFFFFF) == (weigh(logits[0], weights)[1], 0x7FFFFFFF - logits.argmax())
+
+
+def test_logits_of_tokens(device):
+    """Of the tokens of this rank; those of others are 0. No more than there are rows, on the device, and than are asked for."""
+    logits, first = rows_of_logits(300), 1000
+    tokens = np.array([1000, 1299, 999, 1300, 1007, 1001], np.int32)
+    for count, most in ((6, 6), (6, 2), (4, 6)):
+        picked, rows = device.zeros((6,), np.float32), device.upload(np.array([count], np.int32))
+        pick(device, device.upload(logits), first, device.upload(tokens), rows, most, picked)
+        expected = np.array([logits[0, 0], logits[1, 299], 0, 0, logits[4, 7], logits[5, 1]], np.float32)
+        expected[min(count, most) :] = 0
+        assert device.download(picked).tobytes() == expected.tobytes()
