@@ -76,7 +76,9 @@ class DeviceAttention:
         rng = np.random.default_rng(3)
         order = rng.permutation(self.cache.own_count).astype(np.int32)
         self.cache.pages[:] = order.reshape(self.cache.pages.shape)
-        self.cache.update()
+        place = device.pinned(self.cache.pages.shape, np.int32)
+        self.cache.update(place)
+        device.synchronize()
         for pools, numbers in ((self.cache.keys + self.cache.values, self._numbers(rng, dtype)),
                                (self.cache.key_scales + self.cache.value_scales, self._numbers(rng, np.dtype(np.uint16)) & 0xFF)):
             for pool in pools:

@@ -89,6 +89,7 @@ def test_a_model_adds_up_its_work(small):
     head = weights.head.weights
     parameters = sum(w.rows * w.blocks.size for w in (*layer, head))
     assert model._work(case) == (3 * (sum(w.nbytes for w in layer) + head.nbytes) + cache, 3 * 2 * parameters)
+    device.synchronize()
     weights.layers[0].mlp.up.weights.row_scales[:] = 1e30
     with pytest.raises(NumericsError, match="layer 0"):
         model.seconds(case)
@@ -96,8 +97,9 @@ def test_a_model_adds_up_its_work(small):
 
 @pytest.mark.parametrize("weights_format", ["q3_5", "q4", "q8", "f16", "f32"])
 def test_random_weights_repeat_whole_tiles(small, weights_format):
-    blocks = Blocks(300, 256)
-    made = device_products.RandomDeviceWeights(EmulatedDevice()).matrix(weights_format, 100, blocks)
+    blocks, device = Blocks(300, 256), EmulatedDevice()
+    made = device_products.RandomDeviceWeights(device).matrix(weights_format, 100, blocks)
+    device.synchronize()
     rows = RandomRows().rows(weights_format, 64, blocks)
     expected = lay_out(rows, blocks)
     size = expected.data.size // 2
