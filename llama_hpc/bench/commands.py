@@ -11,13 +11,14 @@ from llama_hpc.bench import model as model_bench
 from llama_hpc.bench import products, schedules
 from llama_hpc.bench.cases import Case, cases
 from llama_hpc.bench.peer import Peer, PeerModel, peer_models, random_gguf
-from llama_hpc.bench.random_weights import random_stage
 from llama_hpc.bench.report import Report
 from llama_hpc.bench.shapes import shape_config
 from llama_hpc.bench.table import print_row
 from llama_hpc.errors import UsageError
 from llama_hpc.kernels.cpu.calls import shared_pool
+from llama_hpc.kernels.cpu.random_weights import RandomWeights
 from llama_hpc.model.kv_cache import cache_format
+from llama_hpc.model.random_weights import random_stage
 from llama_hpc.model.sizes import whole
 from llama_hpc.model.transformer import StageWeights
 from llama_hpc.weights.checkpoint import Checkpoint, open_checkpoint, weights_format
@@ -69,7 +70,7 @@ class _Source:
     def load(self, weights: str, threads: int) -> StageWeights:
         """All weights in a format."""
         if self.checkpoint is None:
-            return random_stage(self.config, weights)
+            return random_stage(self.config, weights, *whole(self.config), RandomWeights())
         from mpi4py import MPI
 
         from llama_hpc.comm.reduce import TensorReducer

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_hpc.bench.device_probes import LEAST_SECONDS, copies_for, repeated
+from llama_hpc.bench.device_probes import LEAST_SECONDS, copies_for
+from llama_hpc.kernels.cuda.random_weights import repeated
 
 _TRANSPOSED, _PLAIN = 1, 0                      # cublasOperation_t
 _DEFAULT_ALGORITHM = 99                         # CUBLAS_GEMM_DEFAULT_TENSOR_OP

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_hpc.bench.device_probes import Captured, DeviceProbes, copies_for, repeated, target_cells
+from llama_hpc.bench.device_probes import Captured, DeviceProbes, copies_for, target_cells
 from llama_hpc.bench.errors import BenchmarkError
 from llama_hpc.kernels.cuda.activations import Activation
 from llama_hpc.kernels.cuda.attention import Scratch, attention, most_blocks
+from llama_hpc.kernels.cuda.random_weights import repeated
 from llama_hpc.model.device_cache import DTYPES, DeviceCache
 
 SHAPES = {"llama3-8b": (32, 8, 128), "llama3-70b": (64, 8, 128)}       # query heads, KV heads, columns of a head

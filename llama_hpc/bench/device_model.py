@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_hpc.bench.cases import Case, rows_of
 from llama_hpc.bench.device_probes import DeviceProbes, target_cells
-from llama_hpc.bench.device_products import RandomDeviceWeights
+from llama_hpc.kernels.cuda.random_weights import RandomDeviceWeights
 from llama_hpc.kernels.formats import Blocks
 from llama_hpc.kernels.numerics import PAGE
 from llama_hpc.model.config import ModelConfig

@@ -42,18 +42,6 @@ def copies_for(device, nbytes: int) -> int:
     return max(1, -(-FRESH * device.l2_bytes // max(1, nbytes)))
 
 
-def repeated(device, bank: np.ndarray, nbytes: int):
-    """uint8 [nbytes] on the device: the bytes of a bank again and again."""
-    bank = bank.reshape(-1).view(np.uint8)
-    out, filled = device.zeros((nbytes,), np.uint8), min(nbytes, bank.size)
-    device.upload(bank[:filled], out[:filled])
-    while filled < nbytes:
-        count = min(filled, nbytes - filled)
-        device.copy(out[:count], out[filled : filled + count])
-        filled += count
-    return out
-
-
 class DeviceProbes:
     """The limits of a device, each time that it is asked."""
 

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_hpc.bench import cublas
-from llama_hpc.bench.device_probes import Captured, DeviceProbes, copies_for, repeated, target_cells
+from llama_hpc.bench.device_probes import Captured, DeviceProbes, copies_for, target_cells
 from llama_hpc.bench.errors import BenchmarkError
-from llama_hpc.bench.random_rows import RandomRows
 from llama_hpc.kernels.cuda import products
 from llama_hpc.kernels.cuda.activations import Activation, quantize_rows
 from llama_hpc.kernels.cuda.products import Part, Scratch
-from llama_hpc.kernels.cuda.weights import TILE, DeviceWeights, HostWeights, lay_out
+from llama_hpc.kernels.cuda.random_weights import RandomDeviceWeights
 from llama_hpc.kernels.formats import Blocks
 from llama_hpc.kernels.numerics import BLOCK
 
-BANK_ROWS = 16 * TILE
 ONE_TARGET, MANY_TARGET = 0.8, 0.5      # of the copy's bandwidth with one token; of cuBLAS's bfloat16 with 1,024
 _LARGE = 8192 * 8192                    # weights from which one token has a target: smaller products are over too soon
 _MANY = 1024
@@ -59,31 +57,6 @@ class ProductSpeed:
 
 
 TITLES = ("weights", "KxN", "tokens", "us", "GB/s", "of copy", "Top/s", "of bf16", "of int8", "target", "")
-
-
-class RandomDeviceWeights:
-    """Random matrices on a device: some tiles are laid out on the host, and copied there as often as it takes."""
-
-    def __init__(self, device):
-        self._device, self._random, self._banks = device, RandomRows(), {}
-
-    def matrix(self, weights_format: str, rows: int, blocks: Blocks) -> DeviceWeights:
-        """Weights [rows, blocks.size], in memory of their own."""
-        bank, tiles = self._bank(weights_format, blocks), -(-rows // TILE)
-        data = repeated(self._device, bank.data, tiles * (bank.data.size // (BANK_ROWS // TILE)))
-        scales = codebook = None
-        if bank.row_scales is not None:
-            scales = np.resize(bank.row_scales, tiles * TILE)
-            scales[rows:] = 0
-            scales = self._device.upload(scales)
-        if bank.codebook is not None:
-            codebook = self._device.upload(bank.codebook)
-        return DeviceWeights(weights_format, rows, blocks, data, scales, codebook)
-
-    def _bank(self, weights_format: str, blocks: Blocks) -> HostWeights:
-        if (weights_format, blocks) not in self._banks:
-            self._banks[weights_format, blocks] = lay_out(self._random.rows(weights_format, BANK_ROWS, blocks), blocks)
-        return self._banks[weights_format, blocks]
 
 
 class DeviceProducts:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_hpc.bench.errors import BenchmarkError
-from llama_hpc.bench.random_weights import RandomWeights
 from llama_hpc.kernels.cpu import products
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.calls import add_product, add_quantize
 from llama_hpc.kernels.cpu.places import cache_sizes
 from llama_hpc.kernels.cpu.probes import arithmetic, read_memory
 from llama_hpc.kernels.cpu.program import Program
+from llama_hpc.kernels.cpu.random_weights import RandomWeights
 from llama_hpc.kernels.cpu.weights import Weights
 from llama_hpc.kernels.cpu.workers import Pool, WorkDistribution
 from llama_hpc.kernels.formats import Blocks

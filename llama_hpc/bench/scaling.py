@@ -10,12 +10,12 @@ from mpi4py import MPI
 
 from llama_hpc.bench.errors import BenchmarkError
 from llama_hpc.bench.products import activations, copies_of
-from llama_hpc.bench.random_weights import filled
 from llama_hpc.bench.ranks import count_nodes, repetitions, sleep_until_all, slowest_seconds
 from llama_hpc.bench.report import Report
 from llama_hpc.bench.strategies import STRATEGIES, Matrix, Share
 from llama_hpc.bench.table import print_row
 from llama_hpc.kernels.cpu.calls import matmul
+from llama_hpc.kernels.cpu.random_weights import filled
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.runtime.abort import agreed
 

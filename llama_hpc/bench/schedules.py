@@ -7,10 +7,10 @@ import numpy as np
 
 from llama_hpc.bench.errors import BenchmarkError
 from llama_hpc.bench.products import activations, checked_run, copies_of, product_program, seconds_of
-from llama_hpc.bench.random_weights import RandomWeights, copied, filled
 from llama_hpc.kernels.cpu.baseline import Baseline
 from llama_hpc.kernels.cpu.calls import shared_pool
 from llama_hpc.kernels.cpu.program import Program
+from llama_hpc.kernels.cpu.random_weights import RandomWeights, copied, filled
 from llama_hpc.kernels.cpu.team import SCHEDULES
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.kernels.formats import Blocks

@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 from mpi4py import MPI
 
-from llama_hpc.bench.random_weights import RandomWeights, copied, filled
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.kernels.cpu import joining, products
 from llama_hpc.kernels.cpu.activations import Activation
 from llama_hpc.kernels.cpu.calls import add_product, add_quantize
 from llama_hpc.kernels.cpu.memory import address
 from llama_hpc.kernels.cpu.program import Program
+from llama_hpc.kernels.cpu.random_weights import RandomWeights, copied, filled
 from llama_hpc.kernels.cpu.weights import Weights
 from llama_hpc.kernels.cpu.workers import ONE_TASK, PANEL, Pool
 from llama_hpc.kernels.formats import Blocks, Packed

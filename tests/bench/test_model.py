@@ -12,12 +12,13 @@ from llama_hpc.bench import commands, products
 from llama_hpc.bench.cases import cases
 from llama_hpc.bench.model import ModelBenchmark
 from llama_hpc.bench.peer import TOOLS, Peer, peer_models, random_gguf
-from llama_hpc.bench.random_weights import random_stage
 from llama_hpc.bench.shapes import SHAPES, shape_config
 from llama_hpc.cli.main import main
 from llama_hpc.errors import NumericsError
 from llama_hpc.kernels.cpu.calls import shared_pool
+from llama_hpc.kernels.cpu.random_weights import RandomWeights
 from llama_hpc.model.kv_cache import DTYPES
+from llama_hpc.model.random_weights import random_stage
 from llama_hpc.model.sizes import parameters, weight_bytes, whole
 
 TINY = replace(SMALL_SHAPES["stories260K"], num_layers=3, norm_eps=2**-17)
@@ -161,7 +162,7 @@ def test_pure_models_are_asked_for(tmp_path, build):
 
 
 def test_a_fault_is_not_timed():
-    weights = random_stage(TINY, "q4")
+    weights = random_stage(TINY, "q4", *whole(TINY), RandomWeights())
     weights.layers[1].mlp.up.weights.row_scales[:] = 1e30
     (case,) = cases(["decode"], 4, 8, 2)
     with pytest.raises(NumericsError, match="layer 1, up"):
@@ -185,7 +186,7 @@ def test_biases_and_head_norms(name):
     config = replace(shape_config(name, 1), hidden_size=64, intermediate_size=96, num_heads=4, kv_heads=2, head_dim=16,
                      vocab_size=64)
     (case,) = cases(["prefill"], 4, 8, 2)
-    weights = random_stage(config, "q3_5")
+    weights = random_stage(config, "q3_5", *whole(config), RandomWeights())
     assert ModelBenchmark(name, "q3_5", config, weights, shared_pool(1), [case]).seconds(case) > 0
     assert weights.layers[0].attention.q.bias.size == (64 if config.attention_bias else 0)
     assert (weights.layers[0].attention.q_norm is not None) == config.qk_norm

@@ -8,9 +8,9 @@ import pytest
 
 from llama_hpc.bench import products, schedules
 from llama_hpc.bench.errors import BenchmarkError
-from llama_hpc.bench.random_weights import RandomWeights
 from llama_hpc.cli.main import main
 from llama_hpc.kernels.cpu.calls import matmul, shared_pool
+from llama_hpc.kernels.cpu.random_weights import RandomWeights
 from llama_hpc.kernels.cpu.target import kernels
 from llama_hpc.kernels.cpu.team import SCHEDULES
 from llama_hpc.kernels.cpu.weights import allocate, fill

@@ -6,9 +6,9 @@ import h5py
 import numpy as np
 import pytest
 
-from llama_hpc.bench.random_weights import RandomWeights
 from llama_hpc.bench.scaling import rank_counts
 from llama_hpc.bench.strategies import Matrix
+from llama_hpc.kernels.cpu.random_weights import RandomWeights
 from llama_hpc.kernels.formats import Blocks, concatenate
 
 STRATEGIES = ("data", "model", "tensor")

@@ -9,6 +9,7 @@ from llama_hpc.bench.device_model import DeviceModel, random_weights
 from llama_hpc.bench.device_products import DeviceProducts, rivals_of
 from llama_hpc.bench.shapes import shape_config
 from llama_hpc.bench.table import print_row
+from llama_hpc.kernels.cuda import random_weights as cuda_weights
 from llama_hpc.model.config import ModelConfig, RopeConfig
 
 ROUNDS = 3
@@ -24,7 +25,7 @@ QUICK_MODEL = ModelConfig("llama", 64, 96, 1, 4, 2, 16, 128, 64, rope=RopeConfig
 def quickly() -> None:
     """Sizes for a test of the script."""
     device_probes.STEPS, device_probes.COPY_BYTES, device_probes.LEAST_SECONDS = 4, 1 << 16, 0
-    device_products.BANK_ROWS = 64
+    cuda_weights.BANK_ROWS = 64
 
 
 def probed(device, quick: bool) -> device_probes.DeviceProbes:

@@ -12,13 +12,14 @@ from model_shapes import SHAPES as SMALL_SHAPES
 from llama_hpc.bench import cublas, device_attention, device_commands, device_probes, device_products
 from llama_hpc.bench.cases import Case
 from llama_hpc.bench.device_model import DeviceModel, random_weights
-from llama_hpc.bench.random_rows import RandomRows
 from llama_hpc.bench.shapes import SHAPES
 from llama_hpc.cli.main import main
 from llama_hpc.errors import NumericsError
+from llama_hpc.kernels.cuda import random_weights as cuda_weights
 from llama_hpc.kernels.cuda.device import DeviceFacts
 from llama_hpc.kernels.cuda.weights import lay_out
 from llama_hpc.kernels.formats import Blocks
+from llama_hpc.kernels.random_rows import RandomRows
 from llama_hpc.runtime.devices import Sight
 
 TINY = replace(SMALL_SHAPES["stories260K"], num_layers=1)
@@ -31,7 +32,7 @@ def small(monkeypatch):
         pytest.skip(why)
     for module, name, value in ((device_probes, "STEPS", 4), (device_probes, "COPY_BYTES", 1 << 16),
                                 (device_probes, "LEAST_SECONDS", 0), (device_attention, "POSITIONS", 40),
-                                (device_attention, "SHAPES", {"tiny": (2, 1, 16)}), (device_products, "BANK_ROWS", 64),
+                                (device_attention, "SHAPES", {"tiny": (2, 1, 16)}), (cuda_weights, "BANK_ROWS", 64),
                                 (device_attention, "WORK", ((1, 1), (2, 1), (1, 20)))):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
@@ -98,7 +99,7 @@ def test_a_model_adds_up_its_work(small):
 @pytest.mark.parametrize("weights_format", ["q3_5", "q4", "q8", "f16", "f32"])
 def test_random_weights_repeat_whole_tiles(small, weights_format):
     blocks, device = Blocks(300, 256), EmulatedDevice()
-    made = device_products.RandomDeviceWeights(device).matrix(weights_format, 100, blocks)
+    made = cuda_weights.RandomDeviceWeights(device).matrix(weights_format, 100, blocks)
     device.synchronize()
     rows = RandomRows().rows(weights_format, 64, blocks)
     expected = lay_out(rows, blocks)

@@ -7,8 +7,8 @@ from math import sqrt
 
 import numpy as np
 
-from llama_hpc.kernels.codebook import start_codebook
-from llama_hpc.kernels.formats import FACTORS, Blocks, Packed
+from .codebook import start_codebook
+from .formats import FACTORS, Blocks, Packed
 
 BANK = 1 << 22                  # bytes, or numbers, that are drawn; larger matrices repeat them
 CODEBOOK = start_codebook(110)
