@@ -29,14 +29,27 @@ class RankShare:
     cache: int
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What each stage of a grid holds, and bytes that each of its ranks may use at least."""
+
+    stages: list[StageShare]
+    memory: list[int]
+
+    @classmethod
+    def even(cls, config: ModelConfig, stages: int, memory: int) -> "Cut":
+        """Of stages that are all as fast."""
+        return cls(stage_shares(config, stages), [memory] * stages)
+
+
 def rank_shares(config: ModelConfig, weights_format: str, shape: GridShape, cache_positions: int, kv_cache: str = "auto",
-                context: int = 1) -> list[RankShare]:
+                context: int = 1, stages: list[StageShare] | None = None) -> list[RankShare]:
     """Every rank of the grid, in rank order; ``cache_positions``: positions of all sequences of a replica together.
 
     Here and below ``kv_cache`` is the cache's format, as in ``sizes.cache_bytes``, and ``context`` how many tensor ranks deal out
-    its positions.
+    its positions; ``stages``: what each holds (None: stages are all as fast).
     """
-    stages = stage_shares(config, shape.pipeline)
+    stages = stages or stage_shares(config, shape.pipeline)
     if context > 1:
         cache_positions = pages_in_a_part(cache_positions, context) * PAGE
     replica = []
@@ -118,14 +131,28 @@ def _more_ranks(config: ModelConfig, ranks: int, ranks_per_node: int, context: i
     return "use more nodes"
 
 
-def replica_pages(config: ModelConfig, weights_format: str, shape: GridShape, memory: int, kv_memory: int | None,
+def layers_that_fit(config: ModelConfig, weights_format: str, shape: GridShape, memory: list[int], positions: int,
+                    kv_cache: str = "auto", context: int = 1) -> list[int]:
+    """How many layers each stage can hold, with a cache for so many positions, where its ranks may use ``memory`` bytes each."""
+    shape, positions = replace(shape, data=1), -(-positions // PAGE) * PAGE
+    def ranks(layers: int) -> list[RankShare]:
+        stages = [StageShare(range(layers), s == 0, s == shape.pipeline - 1) for s in range(shape.pipeline)]
+        return rank_shares(config, weights_format, shape, positions, kv_cache, context, stages)
+    found = [config.num_layers] * shape.pipeline
+    # The stages' embedding and output head, and these with a layer.
+    for empty, one in zip(ranks(0), ranks(1), strict=True):
+        room = int(memory[one.stage_index] * USABLE) - OVERHEAD - empty.weights
+        found[one.stage_index] = min(found[one.stage_index], max(0, room) // (one.weights - empty.weights + one.cache))
+    return found
+
+
+def replica_pages(config: ModelConfig, weights_format: str, shape: GridShape, cut: Cut, kv_memory: int | None,
                   kv_cache: str = "auto", context: int = 1) -> int:
-    """Pages of the KV cache that every rank of a replica can hold, each of which may use ``memory`` bytes; with ``kv_memory`` of
-    them for the cache, if given."""
+    """Pages of the KV cache that every rank of a replica can hold; with ``kv_memory`` bytes of each for the cache, if given."""
     def pages(rank: RankShare) -> int:
-        room = int(memory * USABLE) - OVERHEAD - rank.weights if kv_memory is None else kv_memory
+        room = int(cut.memory[rank.stage_index] * USABLE) - OVERHEAD - rank.weights if kv_memory is None else kv_memory
         return max(0, room) // rank.cache
-    return min(map(pages, rank_shares(config, weights_format, replace(shape, data=1), PAGE, kv_cache, context)))
+    return min(map(pages, rank_shares(config, weights_format, replace(shape, data=1), PAGE, kv_cache, context, cut.stages)))
 
 
 def check_pages(pages: int, pages_in_q8: int, ready: list[ReadyRequest], chosen: bool, parts: int = 1) -> None:

@@ -16,9 +16,11 @@ from llama_hpc.comm.choose import tensor_reducer
 from llama_hpc.comm.counter import SharedCounters
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.comm.survivors import failed
-from llama_hpc.engine.layout import auto_grid, check_room, replica_pages
-from llama_hpc.engine.queue import COUNTERS, ENDED, FINISHED, TOKENS
+from llama_hpc.engine.layout import Cut, auto_grid, check_room, replica_pages
+from llama_hpc.engine.queue import COUNTERS, ENDED, TOKENS
+from llama_hpc.engine.speed import cut_layers
 from llama_hpc.engine.warmup import once_per_node, warm_up
+from llama_hpc.engine.watch import Watch
 from llama_hpc.errors import UsageError
 from llama_hpc.grid import Grid, GridShape
 from llama_hpc.kernels.cpu.places import cpu_text
@@ -27,11 +29,10 @@ from llama_hpc.kernels.cpu.waiting import Alarm
 from llama_hpc.kernels.cpu.workers import Pool
 from llama_hpc.model.context import shared_bytes
 from llama_hpc.model.kv_cache import DTYPES, KVCache, cache_format
-from llama_hpc.model.shares import TensorShare, check_grid, stage_shares
+from llama_hpc.model.shares import TensorShare, check_grid
 from llama_hpc.model.sizes import packed_bits, parameters
 from llama_hpc.model.transformer import StageWeights, TransformerStage, make_cache
 from llama_hpc.runtime.abort import agreed
-from llama_hpc.runtime.activity import doing
 from llama_hpc.runtime.binding import launch_table, launch_warnings, own_place
 from llama_hpc.runtime.devices import CPU, Choice, memory_of, open_device, told
 from llama_hpc.runtime.gpus import GpuMonitor
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from llama_hpc.model.device_stage import DeviceStage
 
 _LOG = logging.getLogger(__name__)
-_POLL = 0.2                     # seconds between looks at the shared counters
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class ModelJob:
         self.show = self.first and settings.show
         self.facts: dict[str, Any] = collect() if self.first else {}
         self.incidents: Counter[str] = Counter()        # of this rank, see ``engine.incidents``
+        self.pool: Pool | None = None
         with agreed(comm, "choosing the places of the threads"):
             self.places = thread_places(self.threads)
             self.binding = own_place(self.threads, self.places)
@@ -123,13 +124,14 @@ class ModelJob:
         """The grid of the shape that ``choose_shape`` finds."""
         config, shape = self.checkpoint.config, self.choose_shape(*sizes, reserved=reserved)
         self.grid = Grid.create(self.comm, shape)
-        self.part = stage_shares(config, shape.pipeline)[self.grid.stage]
         context = self.settings.context_parallel
         self.share = TensorShare.of(config, shape.tensor, self.grid.tensor_index, context)
         self.context_comm = self.grid.tensor_comm.Split(self.grid.tensor_index // context, self.grid.tensor_index)
         replica = self.grid.replica
         self.alarm = Alarm(lambda: failed(replica)) if fault_tolerant() else None
         self._settle_device()
+        self.cut = cut_layers(self, sizes, reserved)
+        self.part = self.cut.stages[self.grid.stage]
         return self.grid
 
     def _settle_device(self) -> None:
@@ -181,18 +183,23 @@ class ModelJob:
             # What a node has may be swapped, and files that are mapped be read again: of a GPU's memory there is no more.
             if gpus and self.settings.shape:
                 check_room(config, self.weights, self.shape, per_node, self.memory, sizes[2], whose, **how)
+        self.cut = Cut.even(config, self.shape.pipeline, self.memory)
         return self.shape
 
     def resources(self) -> tuple[int, int, int]:
         """How many ranks there are, how many on each node at least, and the bytes that each may use at least."""
-        with agreed(self.comm, "asking for memory"):
-            memory = memory_of(self.device, self.node.size)
+        memory = self.own_memory()
         return self.comm.size, self.comm.allreduce(self.node.size, MPI.MIN), self.comm.allreduce(memory, MPI.MIN)
+
+    def own_memory(self) -> int:
+        """Bytes that this rank may use."""
+        with agreed(self.comm, "asking for memory"):
+            return memory_of(self.device, self.node.size)
 
     def pages(self, kv_memory: int | None = None) -> tuple[int, int]:
         """Pages of a KV cache all of whose parts are such as the rank of least room can hold, and how many with --kv-cache q8;
         with ``kv_memory`` bytes of each rank, if given. Not collective."""
-        whose = self.checkpoint.config, self.weights, self.shape, self.memory, kv_memory
+        whose = self.checkpoint.config, self.weights, self.shape, self.cut, kv_memory
         context = self.settings.context_parallel
         own, in_q8 = (replica_pages(*whose, kind, context) for kind in (self.kv_cache, "q8"))
         return own * context, in_q8 * context
@@ -217,7 +224,9 @@ class ModelJob:
             _LOG.warning("%s", line)
 
     def compile(self) -> None:
-        """Starts the threads, and compiles the kernels, or loads them from the node's cache."""
+        """Starts the threads, and compiles the kernels, or loads them from the node's cache; the first time only."""
+        if self.pool is not None:
+            return
         start = time.monotonic()
         with agreed(self.comm, "starting the threads"):
             self.pool = Pool(self.threads)
@@ -318,7 +327,8 @@ class ModelJob:
         """Where this rank is, what it holds, and what it has joined. Not collective."""
         return {"host": hostname(), "cpus": cpu_text(self.binding.cpus), "device": self.device.text,
                 "data": self.grid.data_index, "stage": self.grid.stage, "tensor": self.grid.tensor_index,
-                "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes, "kernels": kernels(), **stage.work()}
+                "layers": len(self.part.layers), "weight_bytes": stage.weights.nbytes, "cache_bytes": stage.cache.nbytes,
+                "kernels": kernels(), **stage.work()}
 
     def complete_facts(self, ranks: list[dict[str, Any]], shape: GridShape, content_hash: str, seconds: float,
                        options: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
@@ -334,30 +344,3 @@ class ModelJob:
                                  "grid": str(shape)} | chosen,
             "end_time": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": seconds,
         }
-
-
-class Watch:
-    """Moves the progress bar of the first rank by the shared counters, and drives MPI for the others' one-sided calls."""
-
-    def __init__(self, counters: SharedCounters, progress: Progress, heartbeat: Heartbeat):
-        self.counters, self.progress, self.heartbeat, self._last = counters, progress, heartbeat, 0.0
-
-    def __call__(self) -> None:
-        self.counters.let_others()
-        if time.monotonic() - self._last >= _POLL:
-            self._look()
-
-    def _look(self) -> None:
-        self._last = time.monotonic()
-        self.progress.update(self.counters.read(FINISHED) - self.progress.done)
-        if self.heartbeat.due():
-            self.heartbeat.beat(self.counters.read(TOKENS), self.progress)
-
-    def until(self, replicas: int) -> None:
-        """Waits until all replicas have ended; looks often, as the time until the last answer is measured."""
-        with doing("waiting for other replicas", polls=True):
-            while self.counters.read(ENDED) < replicas:
-                time.sleep(0.01)
-                self.counters.let_others()
-                self._look()
-        self._look()

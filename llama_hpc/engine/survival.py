@@ -22,10 +22,10 @@ from llama_hpc.engine.answering import Crew
 from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.job import Job
 from llama_hpc.engine.layout import auto_grid
-from llama_hpc.engine.model_job import Watch
 from llama_hpc.engine.queue import FINISHED, NEXT, PRESSURE, STOP, TOKENS, RequestQueue
 from llama_hpc.engine.replica import Replica
 from llama_hpc.engine.shifts import Shift, State, hosts_memory, left, new_groups, whole_replicas
+from llama_hpc.engine.watch import Watch
 from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
 from llama_hpc.runtime import log

@@ -4,6 +4,7 @@ Shares need not be equal. Query heads, FFN blocks and vocabulary tiles are dealt
 differ by at most one; each rank holds the KV heads that its query heads use, so a KV head may be held twice.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -73,24 +74,27 @@ def layer_parameters(config: ModelConfig) -> int:
     return attention + 3 * config.hidden_size * config.intermediate_size
 
 
-def stage_shares(config: ModelConfig, stages: int) -> list[StageShare]:
+def stage_shares(config: ModelConfig, stages: int, seconds: Sequence[float] | None = None,
+                 most: Sequence[int] | None = None) -> list[StageShare]:
     """Contiguous layers for every stage, at least one each, so that the costliest stage is as cheap as it can be.
 
-    The cost of a layer is its weights. That of the last stage includes half of the output head's: about every other token of a
-    job needs logits, those of prompts do not.
+    ``seconds``: what one layer takes on each stage (None: the same everywhere). The last stage has the output head besides, which
+    counts by half of its weights: about every other token of a job needs logits, those of prompts do not. ``most``: layers that
+    each stage has at most, together no fewer than there are.
     """
-    layer, head = layer_parameters(config), config.vocab_size * config.hidden_size / 2
-    # The head takes the time of some layers: the last stage gives these up, the rest is shared evenly.
-    def cost(last: int) -> float:
-        others = -(-(config.num_layers - last) // (stages - 1))
-        return max(others * layer, last * layer + head)
-    if stages == 1:
-        counts = [config.num_layers]
-    else:
-        most = config.num_layers - (stages - 1)
-        last = min(range(1, most + 1), key=lambda n: (cost(n), -n))
-        rest = config.num_layers - last
-        counts = [len(part(rest, stages - 1, s)) for s in range(stages - 1)] + [last]
+    speeds, rooms = seconds or [1.0] * stages, most or [config.num_layers] * stages
+    head = config.vocab_size * config.hidden_size / 2 / layer_parameters(config)
+    def cost(stage: int, count: int) -> float:
+        return speeds[stage] * (count + head * (stage == stages - 1))
+    # Each layer goes where it ends first, of such stages to the last: nothing is gained by moving one afterwards.
+    counts = [1] * stages
+    for _ in range(config.num_layers - stages):
+        takers = (s for s in range(stages) if counts[s] < rooms[s])
+        counts[min(takers, key=lambda s: (cost(s, counts[s] + 1), -s))] += 1
+    # Of stages that are alike, those with a layer more do not follow one another.
+    if seconds is None and most is None and stages > 1:
+        rest = config.num_layers - counts[-1]
+        counts[:-1] = [len(part(rest, stages - 1, s)) for s in range(stages - 1)]
     starts = [sum(counts[:s]) for s in range(stages + 1)]
     return [StageShare(range(starts[s], starts[s + 1]), s == 0, s == stages - 1) for s in range(stages)]
 

@@ -13,7 +13,7 @@ from llama_hpc.runtime.launch import environment_rank
 numba_setup.configure(1)
 
 from llama_hpc.cli.main import main  # noqa: E402
-from llama_hpc.engine import model_job, pressure, replica  # noqa: E402
+from llama_hpc.engine import pressure, replica, watch  # noqa: E402
 
 GIB = 1 << 30
 
@@ -29,7 +29,7 @@ class Short(pressure.Pressure):
 
 if __name__ == "__main__":
     rank, *command = sys.argv[1:]
-    replica._SAMPLE, pressure._SETTLE, model_job._POLL = 0.005, 0.02, 0.01
+    replica._SAMPLE, pressure._SETTLE, watch._POLL = 0.005, 0.02, 0.01
     if rank == str(environment_rank()):
         replica.Pressure = Short
     sys.exit(main(command))

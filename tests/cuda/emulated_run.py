@@ -1,8 +1,10 @@
 """The command line of llama-hpc with emulated GPUs: ``emulated_run.py RANKS ARGUMENTS…``, under mpirun.
 
-RANKS, such as 0,2: those that see a GPU of their own.
+RANKS, such as 0,2: those that see a GPU of their own. With LAYER_SECONDS=GPU,CPU in the environment, what a layer takes on either
+is not measured.
 """
 
+import os
 import sys
 
 from llama_hpc.runtime import numba_setup
@@ -14,7 +16,7 @@ numba_setup.configure(1)
 from emulated_device import EmulatedDevice  # noqa: E402
 
 from llama_hpc.cli.main import main  # noqa: E402
-from llama_hpc.engine import model_job  # noqa: E402
+from llama_hpc.engine import model_job, speed  # noqa: E402
 from llama_hpc.kernels.cuda.device import DeviceFacts  # noqa: E402
 from llama_hpc.runtime import devices  # noqa: E402
 
@@ -25,4 +27,6 @@ if __name__ == "__main__":
     devices.look = lambda option: devices.Sight(gpus, "" if gpus else "none here", False)
     model_job.open_device = lambda choice: EmulatedDevice()
     model_job.memory_of = lambda choice, ranks_on_node: 1 << 30
+    if made_up := os.environ.get("LAYER_SECONDS"):
+        speed.layer_seconds = lambda job: float(made_up.split(",")[job.gpu is None])
     sys.exit(main(command))
