@@ -117,7 +117,7 @@ def _weights(layout: str, rows: int, blocks: Blocks, data: np.ndarray, codebook=
 def _zeros(panels: int, tiles: int, tile_bytes: int, pool: Pool | None, work: WorkDistribution | None) -> np.ndarray:
     """int8 zeros [panels, tiles of a panel, tile_bytes]."""
     data = aligned((panels, tiles, tile_bytes), np.int8, 0 if pool is None else None)
-    if pool is not None:
+    if pool is not None and data.size:
         touch(pool, data, tiles * tile_bytes, (work or WorkDistribution()).numa)
     return data
 

@@ -5,12 +5,14 @@ import pytest
 from model_shapes import SHAPES
 
 from llama_hpc.engine.answers import ReadyRequest
-from llama_hpc.engine.layout import OVERHEAD, USABLE, auto_grid, check_pages, rank_shares
+from llama_hpc.engine.layout import OVERHEAD, USABLE, Cut, auto_grid, check_pages, layers_that_fit, rank_shares, replica_pages
 from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.errors import UsageError
 from llama_hpc.grid import GridShape
+from llama_hpc.kernels.numerics import PAGE
 from llama_hpc.model.config import ModelConfig
 from llama_hpc.model.kv_cache import longest_text, pages_in_a_part
+from llama_hpc.model.shares import StageShare, stage_shares
 
 LLAMA = SHAPES["Llama-3-8B"]
 GIB = 1 << 30
@@ -107,6 +109,35 @@ def test_cache_of_a_rank():
     assert [r.cache for r in rank_shares(LLAMA, "f32", GridShape(1, 1, 4), 1000)] == [32 * 1000 * 2 * 2 * 128 * 4] * 4
     # int8, and a float16 scale for each of the heads' 128 values.
     assert [r.cache for r in rank_shares(LLAMA, "q8", GridShape(1, 1, 4), 1000, "q8")] == [32 * 1000 * 2 * 2 * (128 + 2)] * 4
+
+
+@pytest.mark.parametrize(("tensor", "memory"), [(1, [2 * GIB, 3 * GIB, 5 * GIB]), (3, [GIB, 2 * GIB, 3 * GIB // 2])])
+@pytest.mark.parametrize("positions", [1, 1000])
+def test_layers_that_fit_are_the_most(tensor, memory, positions):
+    """Of every stage: with so many layers its ranks have the memory, with one more some rank has not."""
+    shape = GridShape(2, 3, tensor)
+    most = layers_that_fit(LLAMA, "q8", shape, memory, positions)
+    assert min(most) > 0 and max(most) < LLAMA.num_layers
+    for more, fits in ((0, True), (1, False)):
+        stages = [StageShare(range(count + more), number == 0, number == 2) for number, count in enumerate(most)]
+        ranks = rank_shares(LLAMA, "q8", GridShape(1, 3, tensor), -(-positions // PAGE) * PAGE, stages=stages)
+        for stage in range(3):
+            need = max(r.weights + r.cache for r in ranks if r.stage_index == stage)
+            assert (need <= int(memory[stage] * USABLE) - OVERHEAD) == fits
+    assert layers_that_fit(LLAMA, "q8", shape, [GIB // 4, memory[1], 99 * GIB], positions) == [0, most[1], LLAMA.num_layers]
+
+
+def test_pages_of_a_cut():
+    """As many as the stage of least room holds, of its own layers in its own memory."""
+    shape, stages = GridShape(1, 2, 1), stage_shares(LLAMA, 2, [1, 9])
+    layers = [len(stage.layers) for stage in stages]
+    assert layers == [30, 2]
+    weights, page = ([r.weights for r in rank_shares(LLAMA, "q8", shape, 0, stages=stages)], PAGE * 2 * 8 * 128 * 2)
+    def memory(stage, pages):
+        return int((weights[stage] + pages * layers[stage] * page + OVERHEAD) / USABLE) + 2
+    assert replica_pages(LLAMA, "q8", shape, Cut(stages, [memory(0, 100), memory(1, 7)]), None) == 7
+    assert replica_pages(LLAMA, "q8", shape, Cut(stages, [memory(0, 5), memory(1, 7000)]), None) == 5
+    assert replica_pages(LLAMA, "q8", shape, Cut(stages, [1, 1]), 60 * page) == 2
 
 
 def test_weights_of_a_rank_are_about_its_part_of_the_whole():

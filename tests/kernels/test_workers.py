@@ -193,3 +193,9 @@ def test_weights_are_touched_by_the_pool(pool, weights_format):
     start = weights.data.__array_interface__["data"][0]
     pages = range(start // PAGE, (start + weights.data.nbytes - 1) // PAGE + 1)
     assert team.stats().tasks_of_member == tuple(sum(page % 3 == member for page in pages) for member in range(3))
+
+
+def test_a_share_without_columns_has_nothing_to_touch(pool, capfd):
+    for weights_format in ("f32", "q8"):
+        assert allocate(weights_format, 64, Blocks(0, 32), pool=pool(2)).data.size == 0
+    assert capfd.readouterr().err == ""

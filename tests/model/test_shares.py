@@ -107,6 +107,35 @@ def test_no_other_split_has_a_cheaper_costliest_stage(layers, vocab):
         assert costliest(found) == min(map(costliest, splits)), found
 
 
+@pytest.mark.parametrize("seconds", [(1, 1, 1), (1, 2, 7), (7, 2, 1), (3, 1, 3), (1e-4, 3e-3, 1e-4)])
+@pytest.mark.parametrize("most", [(9, 9, 9), (2, 9, 9), (9, 1, 9), (3, 3, 3), (9, 4, 1)])
+@pytest.mark.parametrize("vocab", [64, 40000])
+def test_no_other_split_among_unlike_stages_has_a_costlier_one_that_is_cheaper(seconds, most, vocab):
+    """Against all splits that the stages have room for; the head takes the time of half its weights on the last stage."""
+    config = ModelConfig("llama", 64, 172, 9, 4, 2, 16, vocab, 128)
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 172
+    def costliest(counts):
+        costs = [n * each for n, each in zip(counts, seconds, strict=True)]
+        return max([*costs[:-1], costs[-1] + seconds[-1] * vocab * 64 / 2 / layer])
+    splits = [(a, b - a, 9 - b) for a, b in combinations(range(1, 9), 2)]
+    splits = [counts for counts in splits if all(n <= room for n, room in zip(counts, most, strict=True))]
+    stages = stage_shares(config, 3, seconds, most)
+    found = tuple(len(stage.layers) for stage in stages)
+    assert found in splits and costliest(found) == pytest.approx(min(map(costliest, splits)), rel=1e-12)
+    assert joined(stage.layers for stage in stages) == list(range(9))
+
+
+def test_layers_follow_speed():
+    """A GPU sixteen times as fast as the CPU beside it; and stages that are alike, told so or not."""
+    config = SHAPES["Llama-3-70B"]
+    assert [len(s.layers) for s in stage_shares(config, 2, [0.21, 3.4])] == [76, 4]
+    assert [len(s.layers) for s in stage_shares(config, 2, [3.4, 0.21])] == [4, 76]
+    assert [len(s.layers) for s in stage_shares(config, 2, [0.21, 3.4], [60, 80])] == [60, 20]
+    for stages in (1, 2, 5, 80):
+        counts = [[len(s.layers) for s in stage_shares(config, stages, told)] for told in (None, [0.3] * stages)]
+        assert sorted(counts[0][:-1]) == sorted(counts[1][:-1]) and counts[0][-1] == counts[1][-1]
+
+
 def test_grids_that_a_model_allows():
     config = SHAPES["SmolLM2-135M"]
     check_grid(config, GridShape(1000, 30, 9))
