@@ -15,10 +15,10 @@ from mpi4py import MPI
 from llama_hpc.comm.reduce import TensorReducer
 from llama_hpc.engine.layout import Cut, layers_that_fit
 from llama_hpc.kernels.cpu.random_weights import RandomWeights
-from llama_hpc.kernels.numerics import PAGE
+from llama_hpc.kernels.numerics import PAGE, down_block
 from llama_hpc.model.kv_cache import DTYPES
 from llama_hpc.model.random_weights import random_stage
-from llama_hpc.model.shares import StageShare, stage_shares
+from llama_hpc.model.shares import StageShare, TensorShare, stage_shares
 from llama_hpc.model.sizes import weight_bytes
 from llama_hpc.model.transformer import Batch, StageWeights, TransformerStage
 from llama_hpc.runtime.abort import agreed
@@ -99,6 +99,9 @@ def layer_seconds(job: "ModelJob") -> float:
     The weights are made up, as many layers of them as exceed caches and the stage may have.
     """
     config, share, one = job.checkpoint.config, job.share, StageShare(range(1), False, False)
+    if not share.ffn:
+        # A rank without any waits for the others of its group, which have a block at least.
+        share = replace(share, ffn=range(down_block(config.intermediate_size)))
     count = min(-(-_BYTES // weight_bytes(config, job.weights, one, share)), -(-config.num_layers // job.grid.shape.pipeline))
     if job.gpu is None:
         random = RandomWeights(job.pool)
@@ -106,18 +109,17 @@ def layer_seconds(job: "ModelJob") -> float:
         from llama_hpc.kernels.cuda.random_weights import RandomDeviceWeights
         random = RandomDeviceWeights(job.gpu)
     weights = random_stage(config, job.weights, StageShare(range(count), False, False), share, random)
-    seconds, passes = _step_seconds(job, weights), 1
+    seconds, passes = _step_seconds(job, share, weights), 1
     if seconds < _LEAST:
         passes = min(_PASSES, int(_LEAST / seconds) + 1)
-        seconds = _step_seconds(job, replace(weights, layers=weights.layers * passes))
+        seconds = _step_seconds(job, share, replace(weights, layers=weights.layers * passes))
     return seconds / (count * passes)
 
 
-def _step_seconds(job: "ModelJob", weights: StageWeights) -> float:
+def _step_seconds(job: "ModelJob", share: TensorShare, weights: StageWeights) -> float:
     """The quickest step through all these layers."""
     # At position 0 no window matters, and there may be more layers than the model has.
-    config, share = replace(job.checkpoint.config, windows=()), job.share
-    stage = StageShare(range(len(weights.layers)), False, False)
+    config, stage = replace(job.checkpoint.config, windows=()), StageShare(range(len(weights.layers)), False, False)
     whose = config, stage, share, weights, TensorReducer(MPI.COMM_SELF)
     sizes = {"sequences": _ROWS, "max_seq_len": PAGE, "max_rows": _ROWS, "max_outputs": 1}
     if job.gpu is None:
