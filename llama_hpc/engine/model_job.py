@@ -121,7 +121,7 @@ class ModelJob:
             self.kv_cache = cache_format(self.settings.kv_cache, self.weights)
 
     def choose_grid(self, *sizes: int, reserved: int = 0) -> Grid:
-        """The grid of the shape that ``choose_shape`` finds."""
+        """The grid of the shape that ``choose_shape`` finds, and this rank's part of the model in it."""
         config, shape = self.checkpoint.config, self.choose_shape(*sizes, reserved=reserved)
         self.grid = Grid.create(self.comm, shape)
         context = self.settings.context_parallel

@@ -63,8 +63,8 @@ def cut_layers(job: "ModelJob", sizes: Sequence[int], reserved: int) -> Cut:
         seconds = layer_seconds(job)
     paces = job.comm.allgather(Pace(*own, seconds, memory))
     ranks = [[pace for pace in paces if pace.stage == stage] for stage in range(shape.pipeline)]
-    slowest = [max(paces, key=lambda pace: pace.seconds) for paces in ranks]
-    memories = [min(pace.memory for pace in paces) for paces in ranks]
+    slowest = [max(group, key=lambda pace: pace.seconds) for group in ranks]
+    memories = [min(pace.memory for pace in group) for group in ranks]
     how, cut = "evenly, as memory has no room for another cut", even
     for positions in _positions(sizes, shape.data):
         most = layers_that_fit(config, job.weights, shape, memories, positions, job.kv_cache, job.settings.context_parallel)
