@@ -8,6 +8,7 @@ sched_setaffinity(2); OpenMP API 5.2 on thread affinity, OMP_PLACES and OMP_PROC
 
 import os
 import re
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +58,11 @@ def cache_sizes(root: Path = ROOT, cpu: int | None = None) -> Caches:
 
     What the system does not tell is taken to be 32 KiB, 512 KiB, and 8 MiB shared by the whole node.
     """
-    cpu = min(os.sched_getaffinity(0)) if cpu is None else cpu
+    return _cache_sizes(root, min(os.sched_getaffinity(0)) if cpu is None else cpu)
+
+
+@cache
+def _cache_sizes(root: Path, cpu: int) -> Caches:
     found = _caches(cpu, root)
     sizes = [found.get(level, ("", 0))[1] or default for level, default in ((1, 32 << 10), (2, 512 << 10), (3, 8 << 20))]
     sharing = cpu_list(found[3][0]) if 3 in found else all_cpus(root)
