@@ -32,10 +32,11 @@ from llama_hpc.results.digest import digest
 FOLDER = Path(__file__).resolve().parent
 # Parts in their order, and seconds that each may take.
 LIMITS = {"facts": 60, "activations": 15, "kv_store": 15, "sampling": 15, "choose": 20, "products": 35, "product_call": 15,
-          "attention": 45, "shapes": 45, "digests": 40, "jobs": 60, "product-speed": 55, "attention-speed": 20, "model-speed": 30}
+          "attention": 40, "shapes": 45, "overlap": 10, "digests": 40, "jobs": 50, "product-speed": 55, "attention-speed": 20,
+          "model-speed": 30, "overlap-speed": 10}
 SLOWNESS = 10                   # of an emulated device: its limits are so much longer
 SPARE = 3                       # seconds before its limit, at which a part begins nothing new
-KERNELS = "activations", "kv_store", "sampling", "choose", "products", "product_call", "attention", "shapes"
+KERNELS = "activations", "kv_store", "sampling", "choose", "products", "product_call", "attention", "shapes", "overlap"
 OUTCOMES = "FAILED, ANOTHER DIGEST THAN CPUS HAVE", "the digest of CPUs"
 NEEDED = "mpi4py", "numba", "h5py"      # by jobs
 

@@ -1,6 +1,10 @@
 """The parts of measure.py that time kernels and models, and say whether targets are reached."""
 
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from overlapping import run, stage_of, steps_of
 
 from llama_hpc.bench import device_attention, device_model, device_probes, device_products
 from llama_hpc.bench.cases import Case
@@ -102,4 +106,24 @@ def model(device, quick: bool, over: Callable[[], bool]) -> bool:
     return done
 
 
-PARTS = {"product-speed": products, "attention-speed": attention, "model-speed": model}
+def overlap(device, quick: bool, over: Callable[[], bool]) -> bool:
+    """A middle stage of a pipeline: steps one by one, and each launched before the one before is finished."""
+    config = replace(QUICK_MODEL if quick else shape_config("llama3-8b", None), num_layers=1 if quick else 8, context_length=64)
+    for rows in (2,) if quick else (16, 64, 512):
+        stage, count = stage_of(device, config, (False, False), "q3_5", 2 * rows, rows), 2 if quick else 8
+        steps = list(steps_of(config, 2, rows, count))
+        run(stage, steps, 1)        # records what is replayed
+        best = [float("inf")] * 2
+        for _ in range(ROUNDS):
+            for ahead in (0, 1):
+                start = time.perf_counter()
+                run(stage, steps, ahead)
+                best[ahead] = min(best[ahead], (time.perf_counter() - start) / len(steps))
+        print(f"{config.num_layers} layers, {rows} rows: {1e6 * best[0]:.0f} us a step one by one, {1e6 * best[1]:.0f} us beside "
+              f"each other, {best[0] / best[1]:.2f} x")
+        if over():
+            return False
+    return True
+
+
+PARTS = {"product-speed": products, "attention-speed": attention, "model-speed": model, "overlap-speed": overlap}

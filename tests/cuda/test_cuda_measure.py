@@ -29,12 +29,13 @@ def measure(*options):
 def test_all_parts():
     job = measure()
     assert job.returncode == 0, job.stdout + job.stderr
-    for part in ("products", "attention", "shapes", "choose"):
+    for part in ("products", "attention", "shapes", "choose", "overlap"):
         assert re.search(rf"== {part}\n[1-9]\d* comparisons and checks well, 0 failed\n-- {part}: ok", job.stdout), job.stdout
-    assert "MISSED: quick, 1 layers, q3_5, decode 3" in job.stdout and "14 of 14 parts ok" in job.stdout
+    assert "MISSED: quick, 1 layers, q3_5, decode 3" in job.stdout and "16 of 16 parts ok" in job.stdout
 
 
-@pytest.mark.parametrize("part", ["facts", "products", "model-speed", "product-speed", "attention-speed"])
+@pytest.mark.parametrize("part", ["facts", "products", "overlap", "model-speed", "product-speed", "attention-speed",
+                                  "overlap-speed"])
 def test_parts_need_nothing_but_numpy(part):
     job = measure("--parts", part, "--inside")
     assert job.returncode == 0, job.stdout + job.stderr
