@@ -15,7 +15,7 @@ import numpy as np
 from .compiler import OLDEST, compile_source, sources
 
 # cudaError_t of the CUDA Runtime API.
-_INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100
+_INSUFFICIENT_DRIVER, _NO_DEVICE, _NOT_READY = 35, 100, 600
 # A kernel gets more shared memory than this only when that was asked for: by these CUfunction_attributes, of which the second one
 # is the percentage of a multiprocessor's memory.
 _SHARED_BYTES, _MAX_DYNAMIC_SHARED, _CARVEOUT = 48 << 10, 8, 9
@@ -132,7 +132,7 @@ class Device:
     def pinned(self, shape, dtype) -> np.ndarray:
         """An array of zeros of the host, in memory that the device reads at full speed."""
         import cupyx
-        return cupyx.zeros_pinned(shape, dtype)
+        return cupyx.zeros_pinned(shape, dtype) if np.prod(shape) else np.zeros(shape, dtype)
 
     def launch(self, file: str, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], *arguments, shared: int = 0) -> None:
         """Runs ``kernel`` of ``file`` on ``grid`` blocks of ``block`` threads with ``shared`` bytes of shared memory.
@@ -188,8 +188,13 @@ class Device:
 
     def passed(self, event) -> bool:
         """Whether an event has passed."""
+        runtime = self._cupy.cuda.runtime
         with self._told():
-            return event.done
+            # ``event.done`` would be false for ever on a device that was lost.
+            status = runtime.eventQuery(event.ptr)
+            if status not in (0, _NOT_READY):
+                raise runtime.CUDARuntimeError(status)
+            return status == 0
 
     def wait(self, event) -> None:
         """Waits for an event."""
