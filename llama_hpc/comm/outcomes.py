@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from llama_hpc.comm.waiting import complete
+from llama_hpc.comm.waiting import until_complete
 
 _FAULT, _LAST, _PAUSE, _ADMITTED, _LIMITS, _HEAD = 0, 1, 2, 3, 4, 8
 
@@ -75,8 +75,10 @@ class Outcomes:
         MPI.Prequest.Startall(self._requests[step % len(self.outcomes)])
 
     def wait(self, step: int, meanwhile: Callable[[], None] | None = None) -> Outcome:
-        """The outcome of a step that was posted; ``meanwhile`` as in ``complete``."""
-        complete(self._requests[step % len(self.outcomes)], meanwhile)
+        """The outcome of a step that was posted; ``meanwhile`` as in ``until_complete``."""
+        requests = self._requests[step % len(self.outcomes)]
+        until_complete(requests, meanwhile)
+        MPI.Request.Waitall(requests)
         return self.of(step)
 
     def free(self) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from mpi4py import MPI
 
 from llama_hpc.comm.exchange import PIECE
-from llama_hpc.comm.waiting import complete
+from llama_hpc.comm.waiting import until_complete
 from llama_hpc.kernels.cpu.memory import aligned
 
 AHEAD = 2                       # steps whose receives are posted at any time
@@ -38,7 +38,7 @@ class StageChannel:
 
     def receive(self, residual: np.ndarray, rows: int, meanwhile: Callable[[], None] | None = None) -> int:
         """Fills residual[:rows] from the stage before; returns its fault code. The first stage receives nothing. ``meanwhile`` as
-        in ``complete``."""
+        in ``until_complete``."""
         if self.comm.rank == 0:
             return 0
         message = self._incoming[self._received % AHEAD]
@@ -95,7 +95,8 @@ class _Message:
         """Waits for a message, moves it to residual[:rows], and readies for another one; returns its fault code."""
         count = len(self._cut(2 + rows * self.residual.shape[1]))
         self.post(count)
-        complete(self._receives[:count], meanwhile)
+        until_complete(self._receives[:count], meanwhile)
+        MPI.Request.Waitall(self._receives[:count])
         residual[:rows] = self.residual[:rows]
         fault = int(self.fault[0])
         MPI.Prequest.Startall(self._receives[:count])

@@ -184,7 +184,8 @@ class Durable:
 
         Raises ResultsError where some could not be kept.
         """
-        with agreed(job.comm, "keeping the answers"):
+        # Another rank may be longer about it: the end of the job would cost what that has finished.
+        with agreed(job.comm, "keeping the answers", patient=True):
             if self.writer:
                 self.writer.settle()
             job.incidents["write_retries"] = self._retries + (self.writer.retries if self.writer else 0)

@@ -90,14 +90,15 @@ def _end_job(kind, error, trace) -> None:
 
 
 @contextmanager
-def agreed(comm, what: str):
+def agreed(comm, what: str, patient: bool = False):
     """A block that succeeds on all ranks of ``comm`` or fails on all of them. Collective over ``comm``.
 
     When the body raised on some rank, every rank raises the error of the lowest one; ``what`` (such as ``reading the
     prompts``) completes errors that are not ours. The body must not communicate over ``comm`` unless it
     fails on all ranks alike. Costs one Iallreduce of one integer when nothing fails.
 
-    Under ``guarded`` a rank that fails does not wait for ranks that are long about the block: it raises its own error, alone.
+    Under ``guarded`` a rank that fails does not wait for ranks that are long about the block, unless it is ``patient``: it raises
+    its own error, alone.
 
     The error is ``collective`` when ``comm`` spans the world. For a smaller ``comm`` its first rank prints the error
     and ends the job; the others wait for that end.
@@ -115,7 +116,7 @@ def agreed(comm, what: str):
             failure = _explained(error, what)
 
         first = array("i", [comm.size if failure is None else comm.rank])
-        if not _come_together(comm.Iallreduce(MPI.IN_PLACE, first, MPI.MIN), failure is None or not _guarded):
+        if not _come_together(comm.Iallreduce(MPI.IN_PLACE, first, MPI.MIN), patient or failure is None or not _guarded):
             raise failure
         if first[0] == comm.size:
             return

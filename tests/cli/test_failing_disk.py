@@ -24,7 +24,8 @@ numba_setup.configure(1)
 from llama_hpc.cli.main import main
 from llama_hpc.engine.durable import Durable
 from llama_hpc.results import patience
-patience.PATIENCE = 1.0
+from llama_hpc.runtime.launch import environment_rank
+patience.PATIENCE = float(os.environ.get("PATIENCE", "1,1").split(",")[environment_rank()])
 keep = Durable.keep
 def noting(self, output):
     with open(os.environ["FINISHED"], "a") as file:
@@ -84,14 +85,15 @@ def mounted(tmp_path):
 
 
 class Run:
-    """A run of two replicas into ``output``, and what befalls it when ``disturb()`` is called behind some answers."""
+    """A run of two replicas into ``output``, and what befalls it when ``disturb()`` is called behind some answers. ``patience``:
+    seconds of each of them."""
 
-    def __init__(self, model, slow_prompts, output, disturb, *options):
+    def __init__(self, model, slow_prompts, output, disturb, *options, patience="1,1"):
         self.noted = output.parents[1] / "finished"
         argv = ["-c", PROGRAM, "run", model, "--prompts", slow_prompts, "--output", output, "--ignore-eos", "--max-seqs", 2,
                 "--grid", "2x1x1", "--sync-interval", 0.1, *options]
-        with mpi_jobs.start(2, argv, env={"FINISHED": self.noted}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True) as job:
+        with mpi_jobs.start(2, argv, env={"FINISHED": self.noted, "PATIENCE": patience}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True) as job:
             while len(self.finished) < 6 and job.poll() is None:
                 time.sleep(0.01)
             assert job.poll() is None
@@ -132,7 +134,8 @@ def fill(folder: Path) -> Path:
 def test_a_full_disk(command, mounted, model, prompts, slow_prompts, undisturbed, tmp_path):
     folder, rescue = mounted("-t", "tmpfs", "-o", "size=512k", "tmpfs"), tmp_path / "rescue"
     rescue.mkdir()
-    run = Run(model, slow_prompts, folder / "out.h5", lambda: fill(folder), "--rescue", rescue)
+    # The one that fails first waits for what the other one has finished.
+    run = Run(model, slow_prompts, folder / "out.h5", lambda: fill(folder), "--rescue", rescue, patience="1,4")
     assert ".log: No space left on device, tried " in run.line() and " finished answers are in " in run.line()
     assert f": make room or mend the file system, then run again with --resume --rescue {rescue}" in run.line()
     assert not (folder / "out.h5").exists() and 6 <= len(run.finished) < COUNT

@@ -3,7 +3,7 @@
 import numpy as np
 from mpi4py import MPI
 
-from llama_hpc.comm.waiting import complete
+from llama_hpc.comm.waiting import until_complete
 
 
 def test_what_comes_meanwhile():
@@ -13,5 +13,5 @@ def test_what_comes_meanwhile():
         turns.append(len(turns))
         if len(turns) == 3:
             MPI.COMM_SELF.Send(np.ones(1), 0)
-    complete([MPI.COMM_SELF.Irecv(received, 0)], meanwhile)
+    until_complete([MPI.COMM_SELF.Irecv(received, 0)], meanwhile)
     assert received[0] == 1 and len(turns) >= 3

@@ -49,6 +49,8 @@ class Ranks:
         time.sleep(min(0.5 * self.world.rank, 3))
         text = f"rank {self.world.rank} of {self.world.size}: {report.nodeid} failed\n{report.longreprtext}\n"
         os.write(self.stderr, text.encode())
+        # A launcher may not pass on what it has not read when it hears of the end.
+        time.sleep(0.2)
         self.world.Abort(1)
 
 
