@@ -16,7 +16,7 @@ from . import simd, target
 from . import simd_int8 as int8
 from . import simd_weights as coded
 from .memory import float32_at
-from .panels_wide import TOKENS, wide_panel
+from .panels_wide import REST, TOKENS, wide_panel
 
 LANES = simd.LANES
 WIDTH = 2 * LANES               # rows of a panel
@@ -107,7 +107,7 @@ def integer_panels(kind, given, at, tile_bytes, count, base, rows, row_scales, f
     # Not a bare 0: Numba would compile a register tile for a literal first, and then again.
     done, size = np.int64(0), rows * WIDTH
     if PAIR and count == 2 and rows >= WIDE_FROM and UNIT % given[3] == 0:
-        done = rows // TOKENS * TOKENS
+        done = rows // TOKENS * TOKENS + (REST if rows % TOKENS >= REST else 0)
         largest = wide_panel(kind, given, at, tile_bytes, base, done, row_scales, following, scratch, largest)
     elif PAIR and count == 2:
         end = at + tile_bytes

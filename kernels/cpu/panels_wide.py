@@ -18,7 +18,7 @@ WIDTH = 2 * LANES
 UNIT = int8.UNIT
 UNIT_BYTES = UNIT * GROUP
 PAIRS = UNIT // 2               # of groups, in a unit
-TOKENS = 6                      # of a register tile
+TOKENS, REST = 6, 4             # of a register tile, and of one for those that are left
 PAIR_BYTES = 2 * GROUP * LANES    # of decoded weights of 16 rows
 TILE_BYTES = PAIRS * PAIR_BYTES             # and of a unit
 SCRATCH_BYTES = 2 * TILE_BYTES
@@ -33,8 +33,10 @@ def _decode(kind, table, data, at, pairs, target):
 
 
 @njit(cache=True)
-def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, groups, where, rows, scales, out, ask, largest):
-    """Some register tiles of 2 x 16 rows for a unit of ``groups`` groups: rows ``where`` … of the activations; totals[out …].
+def _unit(kind, zeros, tokens, given, weights, lines, next_pair, apart, lines_apart, groups, where, rows, scales, out, ask,
+          largest):
+    """Some register tiles of ``tokens`` and 2 x 16 rows for a unit of ``groups`` groups: rows ``where`` … of the activations;
+    totals[out …].
 
     weights, lines: addresses of the first tile's weights and factors; those of the second tile lie ``apart`` and ``lines_apart``
     bytes behind. next_pair: bytes from pair to pair. ``ask``: address and number of the cache lines to fetch meanwhile of the
@@ -44,15 +46,17 @@ def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, gro
     first = simd.multiply(simd.load(float32_at(scales), 0), simd.splat(FIXED))
     second = simd.multiply(simd.load(float32_at(scales), LANES), simd.splat(FIXED))
     raw, factors, asked = int8_at(weights), int8_at(lines), int8_at(ask[0])
-    share, wanted = (ask[1] * TOKENS + rows - 1) // rows, 0
-    for row in range(where, where + rows, TOKENS):
-        for line in range(wanted, min(wanted + share, ask[1])):
-            coded.prefetch_to_read(asked, line * coded.BYTES)
-            coded.prefetch_to_read(asked, lines_apart + line * coded.BYTES)
-        wanted += share
+    pairs = (groups + 1) // 2
+    share, wanted = (ask[1] * tokens + rows * pairs - 1) // (rows * pairs), 0
+    for row in range(where, where + rows, tokens):
         chain, left = simd.tile_clear(zeros), per_block
         line0, line1 = coded.load_bytes(factors, 0), coded.load_bytes(factors, lines_apart)
-        for pair in range((groups + 1) // 2):
+        for pair in range(pairs):
+            # A few at a time: more than the processor has buffers for would hold up the arithmetic.
+            for line in range(wanted, min(wanted + share, ask[1])):
+                coded.prefetch_to_read(asked, line * coded.BYTES)
+                coded.prefetch_to_read(asked, lines_apart + line * coded.BYTES)
+            wanted += share
             if pair and coded.line_pairs_of(kind) == 1:
                 line0 = coded.load_bytes(factors, pair * next_pair)
                 line1 = coded.load_bytes(factors, lines_apart + pair * next_pair)
@@ -78,18 +82,18 @@ def _unit(kind, zeros, given, weights, lines, next_pair, apart, lines_apart, gro
                 chain, left = simd.tile_clear(zeros), per_block
         if left < per_block:
             largest = int8.tile_add_totals(chain, first, second, totals, out, WIDTH, largest)
-        out += TOKENS * WIDTH
+        out += tokens * WIDTH
     return largest
 
 
 @njit(cache=True)
 def wide_panel(kind, given, at, tile_bytes, base, rows, row_scales, following, scratch, largest):
-    """As ``integer_panels`` for two tiles and a multiple of TOKENS rows, where blocks end with units.
+    """As ``integer_panels`` for two tiles and a multiple of TOKENS rows, or REST more, where blocks end with units.
 
     ``scratch``: address of SCRATCH_BYTES.
     """
     data, table, groups, _, _, _, _, capacity, _ = given
-    plain, zeros = coded.decoded(kind), simd.tile_zeros(TOKENS, 2)
+    plain, whole = coded.decoded(kind), rows // TOKENS * TOKENS
     size = (PAIRS * coded.vectors_of(kind) + PAIRS // coded.line_pairs_of(kind)) * coded.BYTES
     origin = coded.address_of(data)
     for unit in range((groups + UNIT - 1) // UNIT):
@@ -102,6 +106,10 @@ def wide_panel(kind, given, at, tile_bytes, base, rows, row_scales, following, s
         else:
             weights, apart = origin + here + coded.BYTES, tile_bytes
             next_pair = np.int64((coded.vectors_of(kind) + 1 // coded.line_pairs_of(kind)) * coded.BYTES)
-        largest = _unit(plain, zeros, given, weights, origin + here, next_pair, apart, tile_bytes, count, base + unit * capacity,
-                        rows, row_scales, np.int64(0), (origin + later, size // coded.BYTES), largest)
+        row = base + unit * capacity
+        largest = _unit(plain, simd.tile_zeros(TOKENS, 2), TOKENS, given, weights, origin + here, next_pair, apart, tile_bytes,
+                        count, row, whole, row_scales, np.int64(0), (origin + later, size // coded.BYTES), largest)
+        if whole < rows:
+            largest = _unit(plain, simd.tile_zeros(REST, 2), REST, given, weights, origin + here, next_pair, apart, tile_bytes,
+                            count, row + whole, np.int64(REST), row_scales, whole * WIDTH, (origin + later, 0), largest)
     return largest
