@@ -11,7 +11,7 @@ from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.durable import Done
 from llama_hpc.engine.job import Job
 from llama_hpc.engine.layout import OVERHEAD, USABLE, RankShare, rank_shares
-from llama_hpc.engine.prepare import longest
+from llama_hpc.engine.prepare import longest, outputs_of
 from llama_hpc.engine.replica import BatchPlan
 from llama_hpc.kernels.numerics import PAGE
 from llama_hpc.model.sizes import buffer_bytes
@@ -32,6 +32,7 @@ class DryRun(Job):
         ready, done, complete = on_first(self.comm, self.read)
         if not complete:
             self.open()
+            self.outputs = outputs_of(ready)
             self.choose_shape(*self.grid_sizes(ready))
             plan = self.plan(ready)
             places = self.comm.gather(self.binding)
@@ -96,7 +97,7 @@ class DryRun(Job):
                 config, self.weights, rank.stage, rank.share, rows=rows, outputs=plan.max_seqs, max_seq_len=max_seq_len,
                 threads=self.threads, joined=shape.tensor > 1)
         # Of each a page, in its part of the cache.
-        ranks = rank_shares(config, self.weights, replace(shape, data=1), PAGE, self.kv_cache, context)
+        ranks = rank_shares(config, self.weights, replace(shape, data=1), PAGE, self.kv_cache, context, self.cut.stages)
         ranks = [replace(rank, cache=rank.cache * (plan.pages // context)) for rank in ranks]
         held = [buffers(rank) for rank in ranks]
         return rank_lines(ranks, {}, {"buffers": [size(count) for count in held],

@@ -14,7 +14,7 @@ from llama_hpc.engine.answers import ReadyRequest
 from llama_hpc.engine.durable import Done, Durable, identity_of
 from llama_hpc.engine.latency import Target, report
 from llama_hpc.engine.model_job import ModelJob, ModelSettings
-from llama_hpc.engine.prepare import longest, prepare
+from llama_hpc.engine.prepare import longest, outputs_of, prepare
 from llama_hpc.engine.replica import BatchPlan
 from llama_hpc.engine.requests import read_requests
 from llama_hpc.engine.sampling_params import SamplingParams
@@ -92,6 +92,7 @@ class Job(ModelJob):
     def set_up(self, ready: list[ReadyRequest], number: int = 0) -> Crew:
         """This rank's part in a replica that can answer the requests; ``number`` is that of the grid's first replica."""
         self.open()
+        self.outputs = outputs_of(ready)
         grid = self.choose_grid(*self.grid_sizes(ready))
         plan = self.plan(ready)
         self.announce(f"{plan.max_seqs} sequences and {plan.pages * PAGE} tokens in the cache of a replica")

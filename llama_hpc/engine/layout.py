@@ -37,9 +37,9 @@ class Cut:
     memory: list[int]
 
     @classmethod
-    def even(cls, config: ModelConfig, stages: int, memory: int) -> "Cut":
-        """Of stages that are all as fast."""
-        return cls(stage_shares(config, stages), [memory] * stages)
+    def even(cls, config: ModelConfig, stages: int, memory: int, outputs: float = 0.5) -> "Cut":
+        """Of stages that are all as fast; ``outputs`` as for ``stage_shares``."""
+        return cls(stage_shares(config, stages, outputs=outputs), [memory] * stages)
 
 
 def rank_shares(config: ModelConfig, weights_format: str, shape: GridShape, cache_positions: int, kv_cache: str = "auto",

@@ -84,7 +84,10 @@ class ModelJob:
     otherwise.
 
     They are called in the order in which they stand here. ``facts``, on the first rank, become the provenance of the output.
+    ``outputs``: the share of tokens whose logits are needed, as far as it is known.
     """
+
+    outputs = 0.5
 
     def __init__(self, settings: ModelSettings, comm: MPI.Comm, node: MPI.Comm):
         self.settings, self.comm, self.node, self.threads = settings, comm, node, settings.threads
@@ -183,7 +186,7 @@ class ModelJob:
             # What a node has may be swapped, and files that are mapped be read again: of a GPU's memory there is no more.
             if gpus and self.settings.shape:
                 check_room(config, self.weights, self.shape, per_node, self.memory, sizes[2], whose, **how)
-        self.cut = Cut.even(config, self.shape.pipeline, self.memory)
+        self.cut = Cut.even(config, self.shape.pipeline, self.memory, self.outputs)
         return self.shape
 
     def resources(self) -> tuple[int, int, int]:

@@ -32,6 +32,12 @@ def prepare(requests: list[Request], tokenizer, config: ModelConfig, max_seq_len
     return ready, texts
 
 
+def outputs_of(ready: list[ReadyRequest]) -> float:
+    """The share of tokens whose logits are needed, those of answers, where all are as long as they may be."""
+    answers = sum(request.params.n * request.limit for request in ready)
+    return answers / (answers + sum(len(request.prompt) for request in ready))
+
+
 def check_max_seq_len(max_seq_len: int | None, config: ModelConfig) -> None:
     """Raises UsageError for a limit beyond the model's context."""
     if max_seq_len is not None and max_seq_len > config.context_length:

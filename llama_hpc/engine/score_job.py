@@ -20,6 +20,8 @@ _LOG = logging.getLogger(__name__)
 class ScoreJob(ModelJob):
     """One run of ``llama-hpc score`` with the options ``args``: ``run`` does everything."""
 
+    outputs = 1.0
+
     def __init__(self, args: argparse.Namespace, settings: ModelSettings, comm: MPI.Comm, node: MPI.Comm):
         super().__init__(settings, comm, node)
         self.args = args

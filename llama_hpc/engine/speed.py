@@ -52,7 +52,7 @@ def cut_layers(job: "ModelJob", sizes: Sequence[int], reserved: int) -> Cut:
     over the job.
     """
     config, shape = job.checkpoint.config, job.grid.shape
-    even = Cut.even(config, shape.pipeline, job.memory)
+    even = Cut.even(config, shape.pipeline, job.memory, job.outputs)
     own = job.grid.stage, job.device.name or "CPU"
     if shape.pipeline == 1 or not unlike(job.comm.allgather(own)):
         return even
@@ -69,7 +69,7 @@ def cut_layers(job: "ModelJob", sizes: Sequence[int], reserved: int) -> Cut:
     for positions in _positions(sizes, shape.data):
         most = layers_that_fit(config, job.weights, shape, memories, positions, job.kv_cache, job.settings.context_parallel)
         if min(most) > 0 and sum(most) >= config.num_layers:
-            stages = stage_shares(config, shape.pipeline, [pace.seconds for pace in slowest], most)
+            stages = stage_shares(config, shape.pipeline, [pace.seconds for pace in slowest], most, job.outputs)
             how, cut = "by measured speed", Cut(stages, memories)
             break
     if job.first:

@@ -75,15 +75,15 @@ def layer_parameters(config: ModelConfig) -> int:
 
 
 def stage_shares(config: ModelConfig, stages: int, seconds: Sequence[float] | None = None,
-                 most: Sequence[int] | None = None) -> list[StageShare]:
+                 most: Sequence[int] | None = None, outputs: float = 0.5) -> list[StageShare]:
     """Contiguous layers for every stage, at least one each, so that the costliest stage is as cheap as it can be.
 
     ``seconds``: what one layer takes on each stage (None: the same everywhere). The last stage has the output head besides, which
-    counts by half of its weights: about every other token of a job needs logits, those of prompts do not. ``most``: layers that
-    each stage has at most, together no fewer than there are.
+    counts by its weights times ``outputs``, the share of tokens whose logits are needed: those of prompts are not. ``most``:
+    layers that each stage has at most, together no fewer than there are.
     """
     speeds, rooms = seconds or [1.0] * stages, most or [config.num_layers] * stages
-    head = config.vocab_size * config.hidden_size / 2 / layer_parameters(config)
+    head = outputs * config.vocab_size * config.hidden_size / layer_parameters(config)
     def cost(stage: int, count: int) -> float:
         return speeds[stage] * (count + head * (stage == stages - 1))
     # Each layer goes where it ends first, of such stages to the last: nothing is gained by moving one afterwards.

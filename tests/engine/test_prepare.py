@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from model_shapes import SHAPES
 
-from llama_hpc.engine.prepare import longest, prepare
+from llama_hpc.engine.prepare import longest, outputs_of, prepare
 from llama_hpc.engine.requests import Request
 from llama_hpc.engine.sampling_params import SamplingParams
 from llama_hpc.errors import UsageError
@@ -51,6 +51,12 @@ def test_longest():
     """Of prompt and answer together, which is what the KV cache holds."""
     ready, _ = prepared(request(token_ids=[5] * 20, max_tokens=4), request(1, token_ids=[5] * 3, max_tokens=30))
     assert longest(ready) == 33
+
+
+def test_logits_are_needed_of_what_answers_may_have():
+    several = request(token_ids=[5] * 20, max_tokens=4, n=3, temperature=1.0)
+    ready, _ = prepared(several, request(1, token_ids=[5] * 8, max_tokens=100))
+    assert outputs_of(ready) == 112 / 140
 
 
 @pytest.mark.parametrize(("given", "limit", "parts"), [

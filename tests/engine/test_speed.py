@@ -44,7 +44,7 @@ def cut(monkeypatch):
         stage, device, seconds, memory = ranks[0]
         job = SimpleNamespace(
             comm=Ranks(ranks), checkpoint=SimpleNamespace(config=LLAMA), weights="q8", kv_cache="f16", first=True, compiled=0,
-            grid=SimpleNamespace(stage=stage, shape=shape), device=SimpleNamespace(name=device), memory=64 * GIB,
+            grid=SimpleNamespace(stage=stage, shape=shape), device=SimpleNamespace(name=device), memory=64 * GIB, outputs=0.5,
             settings=SimpleNamespace(context_parallel=1), own_memory=lambda: memory + 5)
         job.compile = lambda: setattr(job, "compiled", job.compiled + 1)
         monkeypatch.setattr(speed, "agreed", lambda comm, what: nullcontext())

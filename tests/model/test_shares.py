@@ -136,6 +136,15 @@ def test_layers_follow_speed():
         assert sorted(counts[0][:-1]) == sorted(counts[1][:-1]) and counts[0][-1] == counts[1][-1]
 
 
+def test_the_output_head_counts_as_often_as_it_is_needed():
+    """In TinyLlama's shape it takes the time of one and a half layers, in Llama-3-8B's of more than two."""
+    def counts(config, outputs):
+        return [len(stage.layers) for stage in stage_shares(config, 2, outputs=outputs)]
+    tiny, large = SHAPES["TinyLlama-1.1B"], SHAPES["Llama-3-8B"]
+    assert [counts(tiny, outputs) for outputs in (0, 0.5, 0.7, 1)] == [[11, 11], [11, 11], [12, 10], [12, 10]]
+    assert [counts(large, outputs) for outputs in (0, 0.5, 1)] == [[16, 16], [17, 15], [17, 15]]
+
+
 def test_grids_that_a_model_allows():
     config = SHAPES["SmolLM2-135M"]
     check_grid(config, GridShape(1000, 30, 9))
