@@ -116,7 +116,8 @@ class Run:
 def check_resumed(command, run, model, prompts, output, rescue, undisturbed):
     """What the line says helps: every answer that was finished is there, and none of them was computed again."""
     job = command(2, ["run", model, "--prompts", prompts, "--output", output, "--ignore-eos", "--resume", "--rescue", rescue])
-    assert job.returncode == 0 and f"resuming: {len(run.finished)} answers of 1 earlier run" in job.stderr, job.stderr
+    assert job.returncode == 0 and f"resuming: {len(run.finished)} answers of 1 earlier run" in job.stderr, (
+        f"{run.said}\n{job.stderr}")
     with read_results(output) as results:
         assert results.digest == undisturbed and results.status == "complete"
         assert {found.request for found in results.outputs() if found.attempt == 0} == run.finished
