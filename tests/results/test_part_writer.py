@@ -98,6 +98,23 @@ def test_what_is_handed_over_is_in_the_file_at_once(part):
     writer.close()
 
 
+def test_an_answer_is_not_safe_by_the_last_sync_that_has_worked(part, rescue, monkeypatch):
+    """An error of the file system may undo that."""
+    disk = Failing(monkeypatch, errno.EROFS, part.parents[1])
+
+    def last(file):
+        disk.fsync(file)
+        disk.broken = True
+        monkeypatch.setattr(part_file.os, "fsync", disk._fsync)
+    monkeypatch.setattr(part_file.os, "fsync", last)
+    writer = PartWriter(part, framed({}), interval=0, rescue=rescue)
+    writer.append(record(7))
+    until(lambda: disk.broken)
+    with pytest.raises(ResultsError, match="1 finished answers are in"):
+        writer.close()
+    assert rescued(rescue, part) == [7]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EROFS])
 def test_a_file_system_that_recovers_loses_nothing(part, monkeypatch, caplog, number):
     monkeypatch.setattr(patience, "PATIENCE", 10)
